@@ -1,0 +1,8 @@
+"""Puts the project's plugins on the import path, as Ansible's loaders do."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+for kind in ("modules", "module_utils", "action", "filter", "callback"):
+    sys.path.insert(0, str(ROOT / "plugins" / kind))
