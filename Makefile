@@ -1,0 +1,72 @@
+# `make demo` and `make test` do all their own set-up on a fresh Debian or
+# Ubuntu machine, and reuse it on the next call. `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Wheels, checkpoints and keys of the test images, kept across clones.
+export GLM_CACHE ?= $(HOME)/.cache/glm-fleet
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export ANSIBLE_FORCE_COLOR ?= $(if $(MAKE_TERMOUT),1,0)
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.done: requirements.txt requirements-test.txt
+	@echo "==> Python environment in $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "make: $(PYTHON) is older than 3.11: set PYTHON=python3.11 or newer" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || molecule/shared/docker-engine packages python3-venv
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet -r requirements-test.txt
+	@touch $@
+
+.PHONY: venv
+venv: $(VENV)/.done ## Make the Python environment, with the Ansible collections
+
+.PHONY: engine
+engine: ## Provide a Docker engine where there is none
+	@molecule/shared/docker-engine up
+
+.PHONY: demo
+demo: venv engine ## Turn a bare node in a container into a verified endpoint
+	@echo "==> Test images and the bare node"
+	@ansible-playbook molecule/shared/create.yml -i inventory/demo
+	@echo "==> site.yml over the node"
+	@ansible-playbook site.yml -i inventory/demo
+
+.PHONY: demo-down
+demo-down: venv ## Remove the demo's containers, network and volumes
+	@ansible-playbook molecule/shared/destroy.yml -i inventory/demo
+	@echo "The test images and the Docker engine stay for the next run; 'make clean' removes them too."
+
+.PHONY: lint
+lint: venv ## ansible-lint (production), yamllint, ruff, mypy
+	@yamllint --strict .
+	@ansible-lint --profile production
+	@ruff check .
+	@ruff format --check .
+	@mypy
+
+.PHONY: unit
+unit: venv ## Unit tests
+	@pytest tests/unit
+
+.PHONY: test
+test: venv engine ## Everything that proves the project on one machine
+	@tests/run
+
+.PHONY: bench
+bench: venv engine ## Wall time, controller CPU and round trips for 1, 4 and 16 light nodes
+	@tests/bench.py
+
+.PHONY: clean
+clean: venv ## Remove everything that make has made: nodes, images, engine, environment
+	@ansible-playbook molecule/shared/destroy.yml -i inventory/demo
+	@molecule/shared/docker-engine clean
+	@molecule/shared/docker-engine down
+	@rm -rf $(VENV)
