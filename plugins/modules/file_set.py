@@ -3,6 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import grp
+import os
+import pwd
+import shutil
+import stat
+import subprocess
+import tempfile
+from typing import Any, Callable
+
+from ansible.module_utils.basic import AnsibleModule
+
 DOCUMENTATION = r"""
 module: file_set
 short_description: Install a set of files, directories and links in one round trip
@@ -87,21 +99,6 @@ changed_paths:
   returned: always
 """
 
-import contextlib  # noqa: E402
-import grp  # noqa: E402
-import os  # noqa: E402
-import pwd  # noqa: E402
-import shutil  # noqa: E402
-import stat  # noqa: E402
-import subprocess  # noqa: E402
-import tempfile  # noqa: E402
-from typing import Any, Callable  # noqa: E402
-
-from ansible.module_utils.basic import AnsibleModule  # noqa: E402
-
-NOT_SHOWN = "(content not shown)\n"
-
-
 class Refused(Exception):
     """Something that the user has to put right; its text is the one line to show."""
 
@@ -127,7 +124,6 @@ class FileSet:
         self.check = check
         self.changed: list[str] = []
         self.diff: list[dict[str, str]] = []
-        self._new_paths = False
         self._undo: list[Callable[[], None]] = []
 
     def apply(self) -> None:
@@ -163,7 +159,12 @@ class FileSet:
         same = old == data
         if same and old_stat and not attributes_differ(old_stat, mode, uid, gid):
             return
-        self._note_file(item, old, old_stat, content, mode, same)
+        if same and old_stat:
+            self._note(path, describe(old_stat), describe(old_stat, mode, uid, gid))
+        elif item["sensitive"]:
+            self._note(path, "(content not shown)\n" if old is not None else "", "(new content not shown)\n")
+        else:
+            self._note(path, (old or b"").decode(errors="replace"), content)
         if not same and command:
             self._validate(path, data, command)
         if self.check:
@@ -174,50 +175,24 @@ class FileSet:
             uid, gid = (old_stat.st_uid if uid < 0 else uid), (old_stat.st_gid if gid < 0 else gid)
         write(path, data, mode, uid, gid)
 
-    def _note_file(self, item: dict[str, Any], old: bytes | None, old_stat: os.stat_result | None, content: str,
-                   mode: int, same: bool) -> None:
-        path = item["path"]
-        self._note(path, new=old_stat is None)
-        if same and old_stat:
-            before, after = describe(old_stat.st_mode, old_stat.st_uid, old_stat.st_gid), describe(
-                mode, *(wanted if wanted >= 0 else is_now for wanted, is_now in zip(
-                    self._owner(item), (old_stat.st_uid, old_stat.st_gid))))
-        elif item["sensitive"]:
-            before, after = ("" if old is None else NOT_SHOWN), NOT_SHOWN.replace("not shown", "new, not shown")
-        else:
-            before, after = (old or b"").decode(errors="replace"), content
-        self.diff.append({"before_header": path, "after_header": path, "before": before, "after": after})
-
     def _directory(self, item: dict[str, Any]) -> None:
         path, mode = item["path"], parse_mode(item["mode"], item["path"])
         uid, gid = self._owner(item)
-        try:
-            now: os.stat_result | None = os.stat(path)
-        except FileNotFoundError:
-            now = None
+        now = os.stat(path) if os.path.exists(path) else None
         if now and not stat.S_ISDIR(now.st_mode):
             raise Refused(f"{path} is there and is not a directory: move it away")
         if now and not attributes_differ(now, mode, uid, gid):
             return
-        self._note(path, new=now is None)
-        self.diff.append({
-            "before_header": path, "after_header": path,
-            "before": describe(now.st_mode, now.st_uid, now.st_gid) if now else "",
-            "after": describe(mode, uid if uid >= 0 or not now else now.st_uid,
-                              gid if gid >= 0 or not now else now.st_gid, "directory"),
-        } if not now else {
-            "before_header": path, "after_header": path,
-            "before": describe(now.st_mode, now.st_uid, now.st_gid),
-            "after": describe(mode, uid if uid >= 0 else now.st_uid, gid if gid >= 0 else now.st_gid),
-        })
+        self._note(path, describe(now), describe(now, mode, uid, gid))
         if self.check:
             return
-        if not now:
+        if now:
+            self._undo.append(lambda: set_attributes(path, stat.S_IMODE(now.st_mode), now.st_uid, now.st_gid))
+        else:
             self._parents(path)
             os.mkdir(path)
             self._undo.append(lambda: os.rmdir(path))
-        os.chown(path, uid, gid)
-        os.chmod(path, mode)
+        set_attributes(path, mode, uid, gid)
 
     def _link(self, item: dict[str, Any]) -> None:
         path, target = item["path"], item["target"]
@@ -226,9 +201,7 @@ class FileSet:
             return
         if now is None and os.path.lexists(path):
             raise Refused(f"{path} is there and is not a link: move it away")
-        self._note(path, new=now is None)
-        self.diff.append({"before_header": path, "after_header": path,
-                          "before": f"link to {now}\n" if now else "", "after": f"link to {target}\n"})
+        self._note(path, f"link to {now}\n" if now else "", f"link to {target}\n")
         if self.check:
             return
         self._parents(path)
@@ -238,8 +211,7 @@ class FileSet:
     def _absent(self, path: str) -> None:
         if not os.path.lexists(path):
             return
-        self._note(path, new=False)
-        self.diff.append({"before_header": path, "after_header": path, "before": "present\n", "after": ""})
+        self._note(path, "present\n", "")
         if self.check:
             return
         if os.path.isdir(path) and not os.path.islink(path):
@@ -247,9 +219,9 @@ class FileSet:
         else:
             os.unlink(path)
 
-    def _note(self, path: str, new: bool) -> None:
+    def _note(self, path: str, before: str, after: str) -> None:
         self.changed.append(path)
-        self._new_paths = self._new_paths or new
+        self.diff.append({"before_header": path, "after_header": path, "before": before, "after": after})
 
     def _owner(self, item: dict[str, Any]) -> tuple[int, int]:
         return (self._id(item, "owner", "user", lambda name: pwd.getpwnam(name).pw_uid),
@@ -274,7 +246,7 @@ class FileSet:
         if not os.path.isdir(parent):
             self._parents(parent)
             os.mkdir(parent)
-            os.chmod(parent, 0o755)  # whatever the umask is
+            os.chmod(parent, 0o755)  # noqa: S103  whatever the umask is
             self._undo.append(lambda: os.rmdir(parent))
 
     def _validate(self, path: str, data: bytes, command: list[str]) -> None:
@@ -357,8 +329,17 @@ def attributes_differ(now: os.stat_result, mode: int, uid: int, gid: int) -> boo
     return stat.S_IMODE(now.st_mode) != mode or uid not in (-1, now.st_uid) or gid not in (-1, now.st_gid)
 
 
-def describe(mode: int, uid: int, gid: int, kind: str = "mode") -> str:
-    return f"{kind} {stat.S_IMODE(mode):04o}" + (f" owner {uid}:{gid}" if uid >= 0 else "") + "\n"
+def describe(now: os.stat_result | None, mode: int | None = None, uid: int = -1, gid: int = -1) -> str:
+    """One line for a diff: what is there, with what is asked for in its place."""
+    if now is None:
+        return "" if mode is None else f"mode {mode:04o}\n"
+    mode = stat.S_IMODE(now.st_mode) if mode is None else mode
+    return f"mode {mode:04o}, owner {now.st_uid if uid < 0 else uid}:{now.st_gid if gid < 0 else gid}\n"
+
+
+def set_attributes(path: str, mode: int, uid: int, gid: int) -> None:
+    os.chown(path, uid, gid)
+    os.chmod(path, mode)
 
 
 def main() -> None:
