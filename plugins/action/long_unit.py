@@ -1,0 +1,73 @@
+"""Action plugin: follow a systemd unit from the controller, through lost connections, with its progress shown."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+from ansible.errors import AnsibleConnectionFailure
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+
+FIRST_WAIT = 5.0  # seconds that the first call stays on the node; a short run ends within it
+WAIT = 10.0
+RECONNECT_PAUSE = 5.0
+
+
+class ActionModule(ActionBase):  # type: ignore[misc]
+    """Calls the module of this name until the unit's run has ended."""
+
+    def run(self, tmp: Any = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        args = dict(self._task.args)
+        host = (task_vars or {}).get("inventory_hostname", "")
+        timeout, interval = float(args.get("timeout", 3600)), float(args.get("interval", 10))
+        follow: dict[str, Any] = {"token": f"{self._task._uuid}-{time.time_ns()}", "wait": FIRST_WAIT, "started": False}
+        begin = time.monotonic()
+        shown, shown_at = "", begin - interval
+        changed, status = False, ""
+        while True:
+            answer, failure = self._call({**args, "follow": follow}, task_vars, host)
+            elapsed = round(time.monotonic() - begin, 1)
+            if answer is None or "phase" not in answer:  # unreachable, or the arguments are wrong
+                return {**result, **failure, **(answer or {}), "changed": changed, "elapsed": elapsed}
+            changed = changed or bool(answer["changed"])
+            status = answer["status_text"] or status
+            line = f"{host} · {args['name']} · {status}"
+            if status and line != shown and time.monotonic() - shown_at >= interval:
+                Display().display(line)
+                shown, shown_at = line, time.monotonic()
+            result.update(changed=changed, elapsed=elapsed, status_text=status)
+            if answer["phase"] == "done":
+                return result
+            if answer["phase"] == "failed":
+                return {**result, "failed": True, "msg": answer["message"]}
+            if elapsed >= timeout:
+                return {**result, "failed": True, "msg": (
+                    f"{args['name']} is still at it after {elapsed:.0f} s"
+                    f"{f' ({status})' if status else ''}; it was left running: journalctl -u {args['name']}")}
+            follow.update(started=answer["phase"] != "lost", wait=min(WAIT, max(0.0, timeout - elapsed)),
+                          invocation=answer["invocation"], boot=answer["boot"])
+            if answer["phase"] == "lost":  # the node went through a restart, and the run with it
+                Display().display(f"{host} · {args['name']} · the node was restarted: starting again")
+                follow.update(token=f"{follow['token']}+", invocation="", boot="")
+
+    def _call(self, args: dict[str, Any], task_vars: dict[str, Any] | None,
+              host: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """One call of the module, tried until the node can be reached again."""
+        patience = float(args.get("reconnect_timeout", 600))
+        lost_at: float | None = None
+        while True:
+            try:
+                return self._execute_module(module_name="long_unit", module_args=args, task_vars=task_vars), {}
+            except AnsibleConnectionFailure as problem:
+                lost_at = lost_at or time.monotonic()
+                if time.monotonic() - lost_at >= patience:
+                    return None, {"unreachable": True, "msg": (
+                        f"{args['name']}: no connection to the node for {patience:.0f} s, the unit goes on without it; "
+                        f"run the play again to follow it ({str(problem.message).strip()})")}
+                Display().display(f"{host} · {args['name']} · connection lost, reconnecting (the unit goes on)")
+                with contextlib.suppress(Exception):
+                    self._connection.reset()
+                time.sleep(RECONNECT_PAUSE)

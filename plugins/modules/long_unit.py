@@ -1,0 +1,215 @@
+#!/usr/bin/python
+"""Ansible module: start a systemd unit, or look after one; the action plugin of this name drives it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import time
+from typing import Any, Callable
+
+from ansible.module_utils.basic import AnsibleModule
+
+DOCUMENTATION = r"""
+module: long_unit
+short_description: Start a systemd unit and wait for it, with its progress on the terminal
+description:
+  - Starts the unit and waits until it has finished (C(Type=oneshot)) or is active (any other type).
+  - Shows the unit's StatusText as it changes. A start in progress is joined, not repeated.
+  - The work belongs to systemd, so a lost SSH connection costs nothing but a reconnection.
+  - In check mode nothing is started.
+options:
+  name: {description: The unit with its suffix., type: str, required: true}
+  timeout: {description: Seconds to wait before giving up; the unit is left running., type: int, default: 3600}
+  interval: {description: Least seconds between two lines of progress., type: int, default: 10}
+  restart: {description: Restart the unit where it is active., type: bool, default: false}
+  reload_units:
+    description: Have systemd read its unit files before the start, if it says that they have changed.
+    type: bool
+    default: false
+  reconnect_timeout: {description: Seconds without a connection before giving up., type: int, default: 600}
+  follow:
+    description: What the action plugin knows of the run that it follows. Not for playbooks.
+    type: dict
+    suboptions:
+      token: {description: Names one start, so that it is not repeated., type: str, required: true}
+      wait: {description: Seconds to stay on the node., type: float, default: 5}
+      started: {description: Whether the start was done., type: bool, default: false}
+      invocation: {description: systemd's id of the run., type: str, default: ""}
+      boot: {description: The node's boot id when the run began., type: str, default: ""}
+author: glm-fleet
+"""
+
+EXAMPLES = r"""
+- name: Download the weights
+  long_unit:
+    name: glm-weights.service
+    timeout: 14400
+"""
+
+RETURN = r"""
+elapsed: {description: Seconds from the start to the end., type: float, returned: always}
+status_text: {description: The last StatusText of the unit., type: str, returned: always}
+"""
+
+SYSTEMCTL_PROPERTIES = ("Type,LoadState,ActiveState,SubState,Result,Job,StatusText,InvocationID,ExecMainStatus,"
+                        "NeedDaemonReload")
+TOKENS = "/run/long_unit"
+ERROR_PREFIX = "glm: error:"
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def run(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(argv, capture_output=True, text=True, errors="replace", check=False)
+
+
+class Unit:
+    """One unit and the run of it that is being followed."""
+
+    def __init__(self, params: dict[str, Any], command: Run = run, pause: float = 0.5) -> None:
+        self.name: str = params["name"]
+        self.params = params
+        self.follow: dict[str, Any] = params["follow"]
+        self.command = command
+        self.pause = pause
+        self.status_text = ""
+
+    def show(self) -> dict[str, str]:
+        output = self.command("systemctl", "show", self.name, f"--property={SYSTEMCTL_PROPERTIES}").stdout
+        state = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
+        self.status_text = state.get("StatusText") or self.status_text
+        return state
+
+    def start(self) -> dict[str, Any]:
+        state = self.show()
+        if self.params["reload_units"] and state.get("NeedDaemonReload") == "yes":
+            self.command("systemctl", "daemon-reload")
+            state = self.show()
+        if state.get("LoadState") in ("not-found", "bad-setting", "masked"):
+            return self._report("failed", state, f"{self.name}: the unit is {state['LoadState']} on this node")
+        if is_active(state) and not self.params["restart"]:
+            return self._report("done", state, changed=False)
+        joined = is_starting(state) and not self.params["restart"]
+        if joined or self._started_before():
+            return self.watch()
+        if state.get("ActiveState") == "failed":  # an operator's start is not one of those that the start limit counts
+            self.command("systemctl", "reset-failed", self.name)
+        client = subprocess.Popen(["systemctl", "restart" if self.params["restart"] else "start", self.name],
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                  text=True)
+        try:
+            _, stderr = client.communicate(timeout=self.follow["wait"])
+        except subprocess.TimeoutExpired:
+            client.kill()  # the client only waits for the job, which goes on
+            client.communicate()
+            return self._report("running", self.show())
+        if client.returncode:
+            return self._report("failed", self.show(), self.failure(self.show(), stderr))
+        return self._report("done", self.show())
+
+    def watch(self) -> dict[str, Any]:
+        """Stays on the node for a while: that is cheaper than to come back for each look."""
+        end = time.monotonic() + self.follow["wait"]
+        while True:
+            state = self.show()
+            phase = self.phase(state)
+            if is_starting(state):
+                self.follow["invocation"] = self.follow["invocation"] or state.get("InvocationID", "")
+            if phase == "failed":
+                return self._report(phase, state, self.failure(state, ""))
+            if phase != "running" or time.monotonic() >= end:
+                return self._report(phase, state)
+            time.sleep(self.pause)
+
+    def phase(self, state: dict[str, str]) -> str:
+        known, now = self.follow["invocation"], state.get("InvocationID", "")
+        if self.follow["boot"] not in ("", boot_id()):
+            return "done" if is_active(state) else "lost"
+        if state.get("SubState", "").startswith("auto-restart") or (known and now and known != now):
+            return "failed"  # systemd tries again, but this start was not a good one
+        if is_active(state):
+            return "done"
+        if state.get("ActiveState") == "failed":
+            return "failed"
+        if state.get("Job", "0") not in ("", "0") or state.get("ActiveState") != "inactive":
+            return "running"
+        # systemd forgets a oneshot unit that has ended well; one that never ran would look the same
+        return "done" if state.get("Type") == "oneshot" and known else "failed"
+
+    def failure(self, state: dict[str, str], stderr: str) -> str:
+        """One line that says what went wrong and where to read more."""
+        invocation = self.follow["invocation"] or state.get("InvocationID", "")
+        self.command("journalctl", "--sync")
+        lines: list[str] = []
+        if invocation:
+            lines = self.command("journalctl", "--quiet", "--no-pager", "--output=cat", "--lines=200",
+                                 f"_SYSTEMD_INVOCATION_ID={invocation}").stdout.splitlines()
+        lines = [line.strip() for line in lines if line.strip()]
+        said = [line[len(ERROR_PREFIX):].strip() for line in lines if line.startswith(ERROR_PREFIX)]
+        what = " / ".join(dict.fromkeys(said)) or (lines or [line for line in stderr.splitlines() if line] or [""])[-1]
+        what = what or "the unit did not start (a unit that it needs may have failed)"
+        result = state.get("Result", "")
+        ended = f"result {result}, exit status {state.get('ExecMainStatus')}; " if result not in ("", "success") else ""
+        return f"{self.name}: {what[:600]} ({ended}more: journalctl -u {self.name})"
+
+    def _started_before(self) -> bool:
+        """Leaves a note of this start, and says whether it was there: a lost connection may repeat a call."""
+        path = os.path.join(TOKENS, self.name)
+        with contextlib.suppress(FileNotFoundError), open(path) as file:
+            if file.read() == self.follow["token"]:
+                return True
+        os.makedirs(TOKENS, mode=0o700, exist_ok=True)
+        with open(path, "w") as file:
+            file.write(self.follow["token"])
+        return False
+
+    def _report(self, phase: str, state: dict[str, str], message: str = "", changed: bool = True) -> dict[str, Any]:
+        seen = is_starting(state) or is_active(state)
+        return {"phase": phase, "changed": changed, "message": message, "status_text": self.status_text,
+                "boot": boot_id(),
+                "invocation": self.follow["invocation"] or (state.get("InvocationID", "") if seen else "")}
+
+
+def is_active(state: dict[str, str]) -> bool:
+    return state.get("ActiveState") in ("active", "reloading") and state.get("Job", "0") in ("", "0")
+
+
+def is_starting(state: dict[str, str]) -> bool:
+    return state.get("ActiveState") == "activating" and not state.get("SubState", "").startswith("auto-restart")
+
+
+def boot_id() -> str:
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "name": {"type": "str", "required": True},
+            "timeout": {"type": "int", "default": 3600},
+            "interval": {"type": "int", "default": 10},
+            "restart": {"type": "bool", "default": False},
+            "reload_units": {"type": "bool", "default": False},
+            "reconnect_timeout": {"type": "int", "default": 600},
+            "follow": {"type": "dict", "options": {
+                "token": {"type": "str", "required": True, "no_log": False},
+                "wait": {"type": "float", "default": 5},
+                "started": {"type": "bool", "default": False},
+                "invocation": {"type": "str", "default": ""},
+                "boot": {"type": "str", "default": ""}}},
+        },
+        supports_check_mode=True,
+    )
+    unit = Unit(module.params)
+    if module.check_mode:
+        state = unit.show()
+        module.exit_json(phase="done", changed=module.params["restart"] or not is_active(state),
+                         status_text=unit.status_text, message="", boot="", invocation="")
+    module.exit_json(**(unit.watch() if unit.follow["started"] else unit.start()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""long_unit: what the module makes of systemd's answers, and how the action plugin follows a run."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ansible.errors import AnsibleConnectionFailure
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(kind: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"long_unit_{kind}", ROOT / "plugins" / kind / "long_unit.py")
+    assert spec and spec.loader
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = loaded
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+module, action = load("modules"), load("action")
+
+ONESHOT = {"Type": "oneshot", "LoadState": "loaded", "Result": "success", "ExecMainStatus": "0"}
+IDLE = {**ONESHOT, "ActiveState": "inactive", "SubState": "dead"}
+BUSY = {**ONESHOT, "ActiveState": "activating", "SubState": "start", "InvocationID": "aa", "StatusText": "1 GB of 2 GB"}
+FAILED = {**ONESHOT, "ActiveState": "failed", "SubState": "failed", "InvocationID": "aa", "Result": "exit-code",
+          "ExecMainStatus": "1"}
+SERVICE = {"Type": "notify", "LoadState": "loaded", "Result": "success", "ExecMainStatus": "0"}
+SERVING = {**SERVICE, "ActiveState": "active", "SubState": "running", "InvocationID": "aa"}
+AGAIN = {**SERVICE, "ActiveState": "activating", "SubState": "auto-restart", "InvocationID": "aa",
+         "Result": "exit-code", "ExecMainStatus": "1"}
+
+
+class Systemd:
+    """Answers `systemctl show` with one state after the other, and `journalctl` with the journal."""
+
+    def __init__(self, states: list[dict[str, str]], journal: str = "") -> None:
+        self.states, self.journal, self.calls = list(states), journal, []  # type: ignore[var-annotated]
+
+    def __call__(self, *argv: str) -> "subprocess.CompletedProcess[str]":
+        self.calls.append(argv)
+        output = self.journal if argv[0] == "journalctl" else ""
+        if argv[:2] == ("systemctl", "show"):
+            state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+            output = "".join(f"{key}={value}\n" for key, value in state.items())
+        return subprocess.CompletedProcess(argv, 0, output, "")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "TOKENS", str(tmp_path / "run"))
+    monkeypatch.setattr(module, "boot_id", lambda: "boot1")
+
+
+def unit(systemd: Systemd, restart: bool = False, reload_units: bool = False, **follow: Any) -> Any:
+    params = {"name": "x.service", "restart": restart, "reload_units": reload_units,
+              "follow": {"token": "t", "wait": 0.05, "started": False, "invocation": "", "boot": "", **follow}}
+    return module.Unit(params, systemd, pause=0.0)
+
+
+def client(monkeypatch: pytest.MonkeyPatch, code: int | None, stderr: str = "") -> list[list[str]]:
+    """Stands for `systemctl start`; a code of None is one that still waits."""
+    calls: list[list[str]] = []
+
+    def popen(argv: list[str], **_: Any) -> Any:
+        calls.append(argv)
+        rounds = iter(range(9))
+
+        def communicate(timeout: float | None = None) -> tuple[None, str]:
+            if code is None and next(rounds) == 0:
+                raise subprocess.TimeoutExpired(argv, timeout or 0)
+            return None, stderr
+        return SimpleNamespace(returncode=code, communicate=communicate, kill=lambda: None)
+    monkeypatch.setattr(module.subprocess, "Popen", popen)
+    return calls
+
+
+def test_a_short_run_ends_in_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = client(monkeypatch, 0)
+    assert unit(Systemd([IDLE])).start()["phase"] == "done"
+    assert calls == [["systemctl", "start", "x.service"]]
+
+
+def test_a_long_run_is_handed_on_and_then_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    client(monkeypatch, None)
+    first = unit(Systemd([IDLE, BUSY])).start()
+    assert (first["phase"], first["invocation"], first["status_text"]) == ("running", "aa", "1 GB of 2 GB")
+    watched = unit(Systemd([BUSY, IDLE]), started=True, invocation="aa", boot="boot1").watch()
+    assert watched["phase"] == "done" and watched["status_text"] == "1 GB of 2 GB"
+
+
+def test_a_start_in_progress_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = client(monkeypatch, 0)
+    assert unit(Systemd([BUSY, BUSY, IDLE])).start()["phase"] == "done"
+    assert calls == []
+
+
+def test_a_repeated_call_starts_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = client(monkeypatch, 0)
+    unit(Systemd([SERVING]), restart=True).start()
+    unit(Systemd([SERVING]), restart=True).start()
+    assert calls == [["systemctl", "restart", "x.service"]]
+    unit(Systemd([SERVING]), restart=True, token="another").start()
+    assert len(calls) == 2
+
+
+def test_an_active_unit_is_no_change() -> None:
+    answer = unit(Systemd([SERVING])).start()
+    assert answer["phase"] == "done" and not answer["changed"]
+
+
+def test_unit_files_are_read_again_only_if_they_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    client(monkeypatch, 0)
+    for says, reloads in (("yes", 1), ("no", 0)):
+        systemd = Systemd([{**IDLE, "NeedDaemonReload": says}, IDLE])
+        unit(systemd, reload_units=True, token=says).start()
+        assert systemd.calls.count(("systemctl", "daemon-reload")) == reloads
+
+
+def test_a_failure_is_the_programs_own_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    client(monkeypatch, 1, "Job for x.service failed.\n")
+    journal = "starting\nglm: error: registry r:5000 cannot be reached\nbye\n"
+    answer = unit(Systemd([IDLE, FAILED], journal)).start()
+    assert answer["message"] == ("x.service: registry r:5000 cannot be reached "
+                                 "(result exit-code, exit status 1; more: journalctl -u x.service)")
+
+
+@pytest.mark.parametrize(("state", "journal", "says"), [
+    (FAILED, "one\ntwo\n", "x.service: two (result exit-code"),
+    ({**IDLE, "LoadState": "not-found"}, "", "x.service: the unit is not-found on this node"),
+    (IDLE, "", "x.service: A dependency job failed. (more: journalctl"),
+])
+def test_other_failures(monkeypatch: pytest.MonkeyPatch, state: dict[str, str], journal: str, says: str) -> None:
+    client(monkeypatch, 1, "A dependency job failed.\n")
+    assert unit(Systemd([state], journal)).start()["message"].startswith(says)
+
+
+def test_systemds_own_second_try_is_a_failure() -> None:
+    known = {"started": True, "invocation": "aa", "boot": "boot1"}
+    assert unit(Systemd([AGAIN]), **known).watch()["phase"] == "failed"
+    assert unit(Systemd([{**SERVING, "InvocationID": "bb"}]), **known).watch()["phase"] == "failed"
+
+
+def test_a_run_that_a_reboot_ended_is_lost() -> None:
+    assert unit(Systemd([IDLE]), started=True, invocation="aa", boot="boot0").watch()["phase"] == "lost"
+    assert unit(Systemd([SERVING]), started=True, invocation="bb", boot="boot0").watch()["phase"] == "done"
+
+
+def answer(phase: str, **more: Any) -> dict[str, Any]:
+    return {"phase": phase, "changed": True, "status_text": "", "message": "", "invocation": "aa", "boot": "b", **more}
+
+
+def follow(monkeypatch: pytest.MonkeyPatch, answers: list[Any], **args: Any) -> tuple[dict[str, Any], list[Any], str]:
+    """Runs the action plugin on prepared answers; an exception among them is raised."""
+    sent: list[Any] = []
+    shown: list[str] = []
+
+    def execute(module_args: dict[str, Any], **_: Any) -> Any:
+        sent.append({**module_args, "follow": dict(module_args["follow"])})
+        now = answers.pop(0)
+        if isinstance(now, Exception):
+            raise now
+        return now
+    monkeypatch.setattr(action.ActionBase, "run", lambda *_: {})
+    monkeypatch.setattr(action, "Display", lambda: SimpleNamespace(display=shown.append))
+    monkeypatch.setattr(action, "RECONNECT_PAUSE", 0.0)
+    plugin = object.__new__(action.ActionModule)
+    plugin._task = SimpleNamespace(args={"name": "x.service", "interval": 0, **args}, _uuid="u")
+    plugin._connection = SimpleNamespace(reset=lambda: None)
+    plugin._execute_module = execute
+    return plugin.run(None, {"inventory_hostname": "node1"}), sent, "\n".join(shown)
+
+
+def test_progress_is_shown_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [answer("running", status_text=text) for text in ("1 GB", "1 GB", "2 GB")]
+    result, sent, shown = follow(monkeypatch, [*states, answer("done", changed=False)])
+    assert shown.splitlines() == ["node1 · x.service · 1 GB", "node1 · x.service · 2 GB"]
+    assert result["changed"] and "failed" not in result and result["status_text"] == "2 GB"
+    assert [call["follow"]["started"] for call in sent] == [False, True, True, True]
+
+
+def test_a_lost_connection_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = AnsibleConnectionFailure("Broken pipe")
+    result, sent, shown = follow(monkeypatch, [answer("running"), lost, lost, answer("done")])
+    assert "failed" not in result and shown.count("connection lost, reconnecting") == 2
+    assert len({call["follow"]["token"] for call in sent}) == 1
+
+
+def test_a_connection_that_stays_lost_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, _, _ = follow(monkeypatch, [AnsibleConnectionFailure("No route")], reconnect_timeout=0)
+    assert result["unreachable"] and "the unit goes on without it" in result["msg"]
+
+
+def test_a_reboot_starts_the_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, sent, _ = follow(monkeypatch, [answer("running"), answer("lost"), answer("done")])
+    assert "failed" not in result and not sent[-1]["follow"]["started"]
+    assert sent[-1]["follow"]["token"] != sent[0]["follow"]["token"] and sent[-1]["follow"]["boot"] == ""
+
+
+def test_failure_and_timeout_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, _, _ = follow(monkeypatch, [answer("failed", message="x.service: broken")])
+    assert result["failed"] and result["msg"] == "x.service: broken"
+    result, _, _ = follow(monkeypatch, [answer("running", status_text="loading")], timeout=0)
+    assert result["failed"] and "still at it" in result["msg"] and "(loading)" in result["msg"]
