@@ -35,7 +35,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             changed = changed or bool(answer["changed"])
             status = answer["status_text"] or status
             line = f"{host} · {args['name']} · {status}"
-            if status and line != shown and time.monotonic() - shown_at >= interval:
+            if status and changed and line != shown and time.monotonic() - shown_at >= interval:
                 Display().display(line)
                 shown, shown_at = line, time.monotonic()
             result.update(changed=changed, elapsed=elapsed, status_text=status)

@@ -106,7 +106,7 @@ class Unit:
             client.communicate()
             return self._report("running", self.show())
         if client.returncode:
-            return self._report("failed", self.show(), self.failure(self.show(), stderr))
+            return self._failed(self.show(), stderr)
         return self._report("done", self.show())
 
     def watch(self) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class Unit:
             if is_starting(state):
                 self.follow["invocation"] = self.follow["invocation"] or state.get("InvocationID", "")
             if phase == "failed":
-                return self._report(phase, state, self.failure(state, ""))
+                return self._failed(state)
             if phase != "running" or time.monotonic() >= end:
                 return self._report(phase, state)
             time.sleep(self.pause)
@@ -135,8 +135,19 @@ class Unit:
             return "failed"
         if state.get("Job", "0") not in ("", "0") or state.get("ActiveState") != "inactive":
             return "running"
-        # systemd forgets a oneshot unit that has ended well; one that never ran would look the same
-        return "done" if state.get("Type") == "oneshot" and known else "failed"
+        return "done" if state.get("Type") == "oneshot" and known and self._finished(known) else "failed"
+
+    def _finished(self, invocation: str) -> bool:
+        """systemd forgets a oneshot unit that is inactive again, ended or stopped; the journal still knows which."""
+        self.command("journalctl", "--sync")
+        return bool(self.command("journalctl", "--quiet", "--no-pager", "--output=cat", "--lines=1",
+                                 f"INVOCATION_ID={invocation}", "JOB_TYPE=start", "JOB_RESULT=done").stdout.strip())
+
+    def _failed(self, state: dict[str, str], stderr: str = "") -> dict[str, Any]:
+        if self.command("systemctl", "is-system-running").stdout.strip() == "stopping":
+            time.sleep(self.follow["wait"])  # the node is going down, and the unit with it: to be seen after its return
+            return self._report("running", state)
+        return self._report("failed", state, self.failure(state, stderr))
 
     def failure(self, state: dict[str, str], stderr: str) -> str:
         """One line that says what went wrong and where to read more."""
@@ -149,7 +160,7 @@ class Unit:
         lines = [line.strip() for line in lines if line.strip()]
         said = [line[len(ERROR_PREFIX):].strip() for line in lines if line.startswith(ERROR_PREFIX)]
         what = " / ".join(dict.fromkeys(said)) or (lines or [line for line in stderr.splitlines() if line] or [""])[-1]
-        what = what or "the unit did not start (a unit that it needs may have failed)"
+        what = what or "the unit did not run to its end (it was stopped, or a unit that it needs has failed)"
         result = state.get("Result", "")
         ended = f"result {result}, exit status {state.get('ExecMainStatus')}; " if result not in ("", "success") else ""
         return f"{self.name}: {what[:600]} ({ended}more: journalctl -u {self.name})"
@@ -181,8 +192,9 @@ def is_starting(state: dict[str, str]) -> bool:
 
 
 def boot_id() -> str:
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        return file.read().strip()
+    """Differs after each start of the node; a container keeps its host's boot id, but not its first process."""
+    with open("/proc/sys/kernel/random/boot_id") as kernel, open("/proc/1/stat") as first:
+        return f"{kernel.read().strip()}-{first.read().rsplit(')', 1)[1].split()[19]}"
 
 
 def main() -> None:

@@ -38,12 +38,15 @@ AGAIN = {**SERVICE, "ActiveState": "activating", "SubState": "auto-restart", "In
 class Systemd:
     """Answers `systemctl show` with one state after the other, and `journalctl` with the journal."""
 
-    def __init__(self, states: list[dict[str, str]], journal: str = "") -> None:
-        self.states, self.journal, self.calls = list(states), journal, []  # type: ignore[var-annotated]
+    def __init__(self, states: list[dict[str, str]], journal: str = "", finished: str = "Finished x.\n") -> None:
+        self.states, self.journal, self.finished = list(states), journal, finished
+        self.calls: list[tuple[str, ...]] = []
 
     def __call__(self, *argv: str) -> "subprocess.CompletedProcess[str]":
         self.calls.append(argv)
         output = self.journal if argv[0] == "journalctl" else ""
+        if "JOB_RESULT=done" in argv:
+            output = self.finished
         if argv[:2] == ("systemctl", "show"):
             state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
             output = "".join(f"{key}={value}\n" for key, value in state.items())
@@ -143,6 +146,12 @@ def test_systemds_own_second_try_is_a_failure() -> None:
     known = {"started": True, "invocation": "aa", "boot": "boot1"}
     assert unit(Systemd([AGAIN]), **known).watch()["phase"] == "failed"
     assert unit(Systemd([{**SERVING, "InvocationID": "bb"}]), **known).watch()["phase"] == "failed"
+
+
+def test_a_run_that_was_stopped_has_not_ended() -> None:
+    systemd = Systemd([IDLE], "downloading\n", finished="")
+    answer = unit(systemd, started=True, invocation="aa", boot="boot1").watch()
+    assert answer["phase"] == "failed" and "x.service: downloading" in answer["message"]
 
 
 def test_a_run_that_a_reboot_ended_is_lost() -> None:
