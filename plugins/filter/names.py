@@ -1,0 +1,40 @@
+"""Checks of the inventory that need nothing but names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+DEFAULT_SSH_PORT = 22
+
+
+def unknown_variables(names: Iterable[str], known: Iterable[str], prefix: str = "glm_") -> list[dict[str, str]]:
+    """Names with the prefix that nobody reads, each with the nearest right one ('' where none is near)."""
+    right = sorted(set(known))
+    unknown = sorted({str(name) for name in names if str(name).startswith(prefix)} - set(right))
+    return [
+        {"name": name, "nearest": next(iter(difflib.get_close_matches(name, right, n=1, cutoff=0.7)), "")}
+        for name in unknown
+    ]
+
+
+def duplicate_addresses(hostvars: Mapping[str, Mapping[str, Any]], hosts: Iterable[str]) -> list[str]:
+    """One line for each address that several hosts share."""
+    holders: dict[tuple[str, str], list[str]] = {}
+    for host in hosts:
+        variables = hostvars[host]
+        address = str(variables.get("ansible_host") or host)
+        port = str(variables.get("ansible_port") or DEFAULT_SSH_PORT)
+        holders.setdefault((address, port), []).append(host)
+    return [
+        f"inventory: {' and '.join(names)} have one address (found {address} port {port} {len(names)} times, "
+        "wanted one node an address): give each its own ansible_host, or remove the extra name"
+        for (address, port), names in holders.items()
+        if len(names) > 1
+    ]
+
+
+class FilterModule:
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        return {"unknown_variables": unknown_variables, "duplicate_addresses": duplicate_addresses}

@@ -1,0 +1,643 @@
+"""Judges what node_info and gpu_info saw of a node: one rule, one small function, one line a finding."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+GIB = 1024**3
+# Where the loaded driver does not tell which CUDA it supports: the first branch of each CUDA major version.
+FIRST_BRANCH_OF_CUDA = {12: 525, 13: 580}
+
+
+@dataclass(frozen=True)
+class Finding:
+    id: str
+    text: str
+    fix: str
+
+    @property
+    def line(self) -> str:
+        return f"{self.id}: {self.text}: {self.fix}"
+
+    def as_dict(self) -> dict[str, str]:
+        return {"id": self.id, "text": self.text, "fix": self.fix, "line": self.line}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What was seen (node, gpu, facts), and what is wanted of it."""
+
+    node: Mapping[str, Any]
+    gpu: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    wanted: Mapping[str, Any]
+
+    @property
+    def driver(self) -> Mapping[str, Any]:
+        """Empty without a driver, so that the rules about it have nothing to say."""
+        return self.gpu.get("driver") or {}
+
+    @property
+    def gpus(self) -> list[Mapping[str, Any]]:
+        return list(self.gpu.get("gpus", []))
+
+    @property
+    def image_present(self) -> bool:
+        reference = self.wanted["image"].get("pull_ref", "")
+        return bool(self.node["images"].get(reference, {}).get("present"))
+
+    @property
+    def weights_present(self) -> bool:
+        return bool(self.model.get("complete"))
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.node["models"].get(self.wanted["model_directory"], {})
+        return found
+
+
+Rule = Callable[[Context], Iterator[Finding]]
+REFUSALS: list[Rule] = []
+WARNINGS: list[Rule] = []
+
+
+def refusal(rule: Rule) -> Rule:
+    REFUSALS.append(rule)
+    return rule
+
+
+def warning(rule: Rule) -> Rule:
+    WARNINGS.append(rule)
+    return rule
+
+
+# ---- words
+
+
+def versions(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text))
+
+
+def same_version(one: str, other: str) -> bool:
+    """True also where one of the two is shortened, as NVML does."""
+    return all(a == b for a, b in zip(versions(one), versions(other)))
+
+
+def listed(names: Iterable[Any], most: int = 4) -> str:
+    """A few names, and how many more."""
+    every = [str(name) for name in names]
+    more = len(every) - most
+    return ", ".join(every[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def named(gpus: Iterable[Mapping[str, Any]]) -> str:
+    return listed((f"GPU {gpu['index']} ({gpu['pci_address']})" for gpu in gpus), 8)
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+# ---- system
+
+
+@refusal
+def system(c: Context) -> Iterator[Finding]:
+    distribution, version = c.facts.get("distribution", "unknown"), str(c.facts.get("distribution_version", ""))
+    found = f"{distribution} {version}"
+    supported = c.wanted["systems"]
+    if not any(found == name or found.startswith(f"{name}.") for name in supported):
+        yield Finding(
+            "system",
+            f"the operating system is not supported (found {found}, wanted {' or '.join(supported)})",
+            "install the node with one of these",
+        )
+
+
+@refusal
+def architecture(c: Context) -> Iterator[Finding]:
+    if c.node["arch"] != "x86_64":
+        yield Finding(
+            "architecture",
+            f"the processor is not supported (found {c.node['arch']}, wanted x86_64)",
+            "use an x86_64 node: the engine images and the driver packages are for that",
+        )
+
+
+@refusal
+def memory(c: Context) -> Iterator[Finding]:
+    minimum = c.wanted["min_memory_gib"]
+    if c.node["memory_bytes"] < minimum * GIB:
+        yield Finding(
+            "memory",
+            f"too little memory (found {gib(c.node['memory_bytes'])}, wanted {minimum} GiB)",
+            "use a larger node, or lower preflight_min_memory_gib if the model is smaller",
+        )
+
+
+@refusal
+def shared_memory(c: Context) -> Iterator[Finding]:
+    minimum = c.wanted["min_shm_gib"]
+    if c.node["shm_bytes"] < minimum * GIB:
+        yield Finding(
+            "shared_memory",
+            f"shared memory at /dev/shm is too small (found {gib(c.node['shm_bytes'])}, wanted {minimum} GiB)",
+            f"run `mount -o remount,size={minimum}G /dev/shm` and put it in /etc/fstab, or lower preflight_min_shm_gib",
+        )
+
+
+@refusal
+def open_files(c: Context) -> Iterator[Finding]:
+    limit, minimum = c.node["nofile_limit"], c.wanted["min_open_files"]
+    if limit is not None and limit < minimum:
+        yield Finding(
+            "open_files",
+            f"the open-files limit of services is too low (found {limit}, wanted {minimum})",
+            "raise DefaultLimitNOFILE in /etc/systemd/system.conf and reboot, or lower preflight_min_open_files",
+        )
+
+
+@refusal
+def clock(c: Context) -> Iterator[Finding]:
+    seen, most = c.node["clock"], c.wanted["max_clock_offset_seconds"]
+    offset = seen["offset_seconds"]
+    fix = "run `timedatectl set-ntp true`, or install chrony"
+    if seen["synchronized"] is False:
+        yield Finding("clock", "the clock is not synchronized (found NTPSynchronized=no, wanted yes)", fix)
+    elif offset is not None and abs(offset) > most:
+        yield Finding(
+            "clock", f"the clock differs from this machine's (found {offset:.0f} s, wanted at most {most} s)", fix
+        )
+    elif offset is None and seen["synchronized"] is None:
+        yield Finding("clock", "the clock's state is unknown (found no time source, wanted a synchronized clock)", fix)
+
+
+def needs_by_mount(c: Context) -> dict[str, tuple[int, int, list[str]]]:
+    """Bytes wanted and free on each file system, and what for."""
+    needs: dict[str, tuple[int, int, list[str]]] = {}
+
+    def add(path: str, size: int, purpose: str) -> None:
+        disk = c.node["disks"].get(path)
+        if disk and size > 0:
+            total, _, purposes = needs.get(disk["mount"], (0, 0, []))
+            needs[disk["mount"]] = (total + size, disk["free_bytes"], [*purposes, f"{gib(size)} {purpose}"])
+
+    data, docker = c.wanted["data_directory"], c.node["docker"]["root_dir"] or c.wanted["docker_directory"]
+    if not c.weights_present:
+        there = c.model.get("partial_bytes", 0)
+        add(data, c.wanted["weights"].get("total_bytes", 0) - there, "for the rest of the weights")
+    if not c.image_present:
+        unpacked = (c.wanted["image"].get("size_bytes") or 0) * c.wanted["image_unpacked_factor"]
+        add(docker, int(unpacked), "for the image")
+    add(data, int(c.wanted["disk_reserve_gib"] * GIB), "in reserve")
+    return needs
+
+
+@refusal
+def disk_space(c: Context) -> Iterator[Finding]:
+    for mount, (needed, free, purposes) in needs_by_mount(c).items():
+        if free < needed:
+            yield Finding(
+                "disk_space",
+                f"the file system at {mount} is too full (found {gib(free)} free, wanted {gib(needed)}: "
+                f"{', '.join(purposes)})",
+                "free space there, or set glm_data_dir to a path on a larger disk",
+            )
+
+
+@refusal
+def inodes(c: Context) -> Iterator[Finding]:
+    minimum, seen = c.wanted["min_free_inodes"], set()
+    for path, disk in c.node["disks"].items():
+        if disk["total_inodes"] and disk["free_inodes"] < minimum and disk["mount"] not in seen:
+            seen.add(disk["mount"])
+            yield Finding(
+                "inodes",
+                f"too few inodes at {disk['mount']} for {path} (found {disk['free_inodes']} free, wanted {minimum})",
+                "delete what holds many small files there, or set glm_data_dir to another disk",
+            )
+
+
+# ---- network
+
+
+def port_in_use(c: Context, port: int, role: str, setting: str, ours: bool) -> Iterator[Finding]:
+    seen = c.node["ports"].get(str(port), {})
+    if seen.get("listening") and not ours:
+        holder = seen.get("container") or seen.get("process") or "an unknown process"
+        where = ", ".join(
+            str(part) for part in (f"pid {seen['pid']}" if seen.get("pid") else None, seen["unit"]) if part
+        )
+        yield Finding(
+            f"{role}_port",
+            f"port {port} is taken (found {holder}{f' ({where})' if where else ''}, wanted it free)",
+            f"stop that process, or set {setting} to a free port",
+        )
+
+
+@refusal
+def edge_port(c: Context) -> Iterator[Finding]:
+    seen = c.node["ports"].get(str(c.wanted["edge_port"]), {})
+    ours = seen.get("unit") == "haproxy.service"
+    yield from port_in_use(c, c.wanted["edge_port"], "edge", "glm_port", ours)
+
+
+@refusal
+def engine_port(c: Context) -> Iterator[Finding]:
+    seen = c.node["ports"].get(str(c.wanted["engine_port"]), {})
+    ours = seen.get("container") in c.wanted["own_containers"]
+    yield from port_in_use(c, c.wanted["engine_port"], "engine", "glm_engine_port", ours)
+
+
+def unreachable(c: Context, name: str, setting: str) -> Iterator[Finding]:
+    probe = c.node["urls"].get(name, {"ok": True})
+    if not probe["ok"]:
+        yield Finding(
+            name,
+            f"the node does not reach {c.wanted['urls'][name]} (found {probe['error']}, wanted an answer)",
+            f"open the way from the node, or set {setting} to a mirror that it reaches",
+        )
+
+
+@refusal
+def registry(c: Context) -> Iterator[Finding]:
+    if not c.image_present:
+        yield from unreachable(c, "registry", "glm_registry_mirror")
+
+
+@refusal
+def hub(c: Context) -> Iterator[Finding]:
+    if not c.weights_present:
+        yield from unreachable(c, "hub", "glm_hf_endpoint")
+
+
+@warning
+def unneeded_registry(c: Context) -> Iterator[Finding]:
+    if c.image_present:
+        yield from unreachable(c, "registry", "glm_registry_mirror")
+
+
+@warning
+def unneeded_hub(c: Context) -> Iterator[Finding]:
+    if c.weights_present:
+        yield from unreachable(c, "hub", "glm_hf_endpoint")
+
+
+@refusal
+def image(c: Context) -> Iterator[Finding]:
+    if c.wanted["image_error"]:
+        yield Finding("image", c.wanted["image_error"], "check glm_image and glm_registry_mirror")
+
+
+@refusal
+def weights(c: Context) -> Iterator[Finding]:
+    if c.wanted["weights_error"]:
+        yield Finding(
+            "weights",
+            c.wanted["weights_error"],
+            "check glm_model, glm_model_revision, glm_hf_endpoint and glm_hf_token_file",
+        )
+
+
+# ---- driver
+
+
+@refusal
+def driver(c: Context) -> Iterator[Finding]:
+    if not c.gpu.get("driver"):
+        yield Finding(
+            "driver",
+            f"there is no NVIDIA driver (found none, wanted {c.wanted['min_driver_version']} or later)",
+            f"install the open kernel modules of branch {c.wanted['driver_branch']} and reboot",
+        )
+    elif c.driver["error"] and not c.driver["mismatch"]:
+        yield Finding(
+            "driver",
+            f"the driver {c.driver['version'] or 'of unknown version'} does not work "
+            f'(found "{c.driver["error"]}", wanted an answer from nvidia-smi)',
+            "run `modprobe nvidia`, see `journalctl -k -g NVRM`, or reboot the node",
+        )
+
+
+@refusal
+def driver_library(c: Context) -> Iterator[Finding]:
+    if c.driver and c.driver["mismatch"]:
+        loaded, library = c.driver["module_version"], c.driver["library_version"]
+        yield Finding(
+            "driver_library",
+            f"the driver was changed under the running kernel (found library {library}, "
+            f"wanted {loaded} as the loaded module)",
+            f"reboot the node to load {library}, or install the packages of {loaded} again, and hold them",
+        )
+
+
+@refusal
+def driver_version(c: Context) -> Iterator[Finding]:
+    found, minimum = c.driver.get("version"), c.wanted["min_driver_version"]
+    if found and versions(found) < versions(minimum):
+        yield Finding(
+            "driver_version",
+            f"the driver is too old for the GPU (found {found}, wanted {minimum} or later)",
+            f"install a driver of branch {max(c.wanted['driver_branch'], versions(minimum)[0])} and reboot",
+        )
+
+
+@refusal
+def driver_branch(c: Context) -> Iterator[Finding]:
+    found, wanted = c.driver.get("branch"), c.wanted["driver_branch"]
+    if found and found < wanted:
+        yield Finding(
+            "driver_branch",
+            f"the driver is of an older branch (found {found}, wanted {wanted})",
+            f"set glm_driver_branch: {found}, or install branch {wanted} and reboot",
+        )
+
+
+@warning
+def newer_branch(c: Context) -> Iterator[Finding]:
+    found, wanted = c.driver.get("branch"), c.wanted["driver_branch"]
+    if found and found > wanted:
+        yield Finding(
+            "driver_branch",
+            f"the driver is of a newer branch (found {found}, wanted {wanted})",
+            f"it is used as it is; set glm_driver_branch: {found} for the image made for it",
+        )
+
+
+@warning
+def end_of_life(c: Context) -> Iterator[Finding]:
+    branch = c.driver.get("branch")
+    if branch in c.wanted["end_of_life_branches"]:
+        yield Finding(
+            "driver_branch",
+            f"NVIDIA no longer maintains the driver's branch (found {branch}, wanted a maintained one)",
+            "plan the move to branch 580",
+        )
+
+
+@refusal
+def open_module(c: Context) -> Iterator[Finding]:
+    if c.wanted["open_kernel_module"] and c.driver.get("open_module") is False:
+        yield Finding(
+            "open_module",
+            "the driver's kernel module is the closed one (found proprietary, wanted open)",
+            f"install nvidia-open-{c.driver['branch']} in place of it and reboot",
+        )
+
+
+@refusal
+def fabric_manager(c: Context) -> Iterator[Finding]:
+    manager, loaded = c.gpu.get("fabric_manager_version"), c.driver.get("module_version")
+    if manager and loaded and not same_version(manager, loaded):
+        yield Finding(
+            "fabric_manager",
+            f"the fabric manager does not fit the driver (found {manager}, wanted {loaded})",
+            f"install nvidia-fabricmanager of {loaded} and restart nvidia-fabricmanager.service",
+        )
+
+
+@refusal
+def image_cuda(c: Context) -> Iterator[Finding]:
+    cuda = c.wanted["image"].get("cuda")
+    if not cuda or not c.driver.get("version") or c.wanted["allow_cuda_compat"]:
+        return
+    major, supported = versions(cuda)[0], c.driver["cuda_version"]
+    branch = FIRST_BRANCH_OF_CUDA.get(major, 0)
+    fits = versions(supported)[0] >= major if supported else (c.driver["branch"] or 0) >= branch
+    if not fits:
+        yield Finding(
+            "image_cuda",
+            f"the image's CUDA is too new for the driver (found CUDA {cuda} in the image, wanted at most "
+            f"{supported or 'what branch ' + str(c.driver['branch']) + ' supports'} for driver {c.driver['version']})",
+            f"set glm_image to a build for CUDA {major - 1}, install driver {branch or 'of a newer branch'}, or set "
+            "preflight_allow_cuda_compat: true to run slower on the image's compatibility libraries",
+        )
+
+
+# ---- GPUs
+
+
+def gpus_with(c: Context, key: str, check: str, text: str, fix: str) -> Iterator[Finding]:
+    """A finding about all GPUs for which `key` holds; `text` has a place for their names."""
+    bad = [gpu for gpu in c.gpus if gpu[key]]
+    if bad:
+        yield Finding(check, text.format(named(bad)), fix)
+
+
+@refusal
+def gpu_count(c: Context) -> Iterator[Finding]:
+    wanted = c.wanted["gpu_count"]
+    if c.gpus and len(c.gpus) != wanted:
+        yield Finding(
+            "gpu_count",
+            f"the number of GPUs is wrong (found {len(c.gpus)}, wanted {wanted})",
+            "reset or reboot the node and see `lspci -d 10de:` for the missing one, or set glm_gpu_count",
+        )
+
+
+@refusal
+def gpu_lost(c: Context) -> Iterator[Finding]:
+    lost = sorted(set(c.gpu.get("pci", [])) - {gpu["pci_address"] for gpu in c.gpus})
+    if c.gpus and lost:
+        yield Finding(
+            "gpu_lost",
+            f"the driver lost a GPU that is on the bus (found {listed(lost)}, wanted it in nvidia-smi)",
+            "reboot the node; if it stays away, have the GPU replaced",
+        )
+
+
+@refusal
+def gpu_model(c: Context) -> Iterator[Finding]:
+    model = c.wanted["gpu_model"]
+    wrong = sorted({gpu["name"] for gpu in c.gpus if not re.search(rf"\b{re.escape(model)}\b", gpu["name"])})
+    if wrong:
+        yield Finding(
+            "gpu_model",
+            f"the GPUs are of another model (found {listed(wrong)}, wanted {model})",
+            "set glm_gpu_model, and a profile that fits it, or take this node out of the inventory",
+        )
+
+
+@refusal
+def fabric(c: Context) -> Iterator[Finding]:
+    bad = [gpu for gpu in c.gpus if (gpu["fabric_state"], gpu["fabric_status"]) != ("Completed", "Success")]
+    if c.wanted["fabric_required"] and bad:
+        states = sorted({f"{gpu['fabric_state'] or 'N/A'}/{gpu['fabric_status'] or 'N/A'}" for gpu in bad})
+        yield Finding(
+            "fabric",
+            f"the NVLink fabric is not ready (found {listed(states)} on {named(bad)}, wanted Completed/Success)",
+            "see `systemctl status nvidia-fabricmanager` and that nvlsm is installed, then restart it",
+        )
+
+
+@refusal
+def nvlink(c: Context) -> Iterator[Finding]:
+    wanted = c.wanted["nvlink"]
+    bad = [link for link in c.gpu.get("links", []) if link["link"] != wanted]
+    if wanted and bad:
+        pairs = (f"{link['link']} between GPU {link['gpus'][0]} and GPU {link['gpus'][1]}" for link in bad)
+        yield Finding(
+            "nvlink",
+            f"GPUs are not joined by NVLink as they should be (found {listed(pairs)}, wanted {wanted})",
+            "see `nvidia-smi nvlink --status`, restart nvidia-fabricmanager, or set preflight_nvlink",
+        )
+
+
+@refusal
+def ecc(c: Context) -> Iterator[Finding]:
+    bad = [gpu for gpu in c.gpus if gpu["ecc_uncorrected_volatile"]]
+    if bad:
+        yield Finding(
+            "ecc",
+            f"uncorrected memory errors since the driver was loaded (found "
+            f"{sum(gpu['ecc_uncorrected_volatile'] for gpu in bad)} on {named(bad)}, wanted 0)",
+            "reset the GPU with `nvidia-smi --gpu-reset` or reboot; have it replaced if they come back",
+        )
+
+
+@refusal
+def memory_repair(c: Context) -> Iterator[Finding]:
+    reset = "stop what uses the GPU and reset it with `nvidia-smi --gpu-reset`, or reboot the node"
+    replace = "have the GPU replaced"
+    for key, text, fix in (
+        ("remap_pending", "a row remap is pending (found on {}, wanted none)", reset),
+        ("remap_failure", "a row remap failed (found on {}, wanted none)", replace),
+        ("repair_pending", "a memory repair is pending (found on {}, wanted none)", reset),
+        ("unrepairable_memory", "memory is beyond repair (found on {}, wanted none)", replace),
+    ):
+        yield from gpus_with(c, key, "row_remap", text, fix)
+
+
+@refusal
+def recovery_action(c: Context) -> Iterator[Finding]:
+    bad = [gpu for gpu in c.gpus if gpu["recovery_action"] not in (None, "None")]
+    if bad:
+        actions = sorted({gpu["recovery_action"] for gpu in bad})
+        yield Finding(
+            "gpu_recovery",
+            f"the driver asks for a recovery (found {listed(actions)} on {named(bad)}, wanted None)",
+            "do as it asks: reset the GPU with `nvidia-smi --gpu-reset`, or reboot the node",
+        )
+
+
+@refusal
+def mig(c: Context) -> Iterator[Finding]:
+    yield from gpus_with(
+        c, "mig", "mig", "MIG is on (found on {}, wanted off)", "run `nvidia-smi -mig 0` and reset the GPUs"
+    )
+
+
+@refusal
+def gpu_process(c: Context) -> Iterator[Finding]:
+    foreign = [process for process in c.gpu.get("processes", []) if not process["own"]]
+    if foreign:
+        seen = (
+            f"{process['name']} (pid {process['pid']}"
+            + (f", container {process['container'] or process['container_id'][:12]}" if process["container_id"] else "")
+            + f") on GPU {process['gpu']}"
+            for process in foreign
+        )
+        yield Finding(
+            "gpu_process",
+            f"another process computes on the GPUs (found {listed(seen)}, wanted none but the engine's)",
+            "stop it, or wait until it has ended",
+        )
+
+
+def xids(c: Context, fatal: bool) -> list[str]:
+    codes = c.wanted["fatal_xids"]
+    seen = (xid for xid in c.gpu.get("kernel_log", {}).get("xids", []) if (xid["code"] in codes) == fatal)
+    return list(dict.fromkeys(f"Xid {xid['code']} on {xid['pci_address']}" for xid in seen))
+
+
+@refusal
+def fatal_xid(c: Context) -> Iterator[Finding]:
+    if found := xids(c, fatal=True):
+        yield Finding(
+            "xid",
+            f"fatal GPU errors in the kernel log since boot (found {listed(found)}, wanted none)",
+            "reboot the node (the log starts anew) and have the GPU replaced if it comes back; "
+            "preflight_fatal_xids lists the codes",
+        )
+
+
+@warning
+def other_xid(c: Context) -> Iterator[Finding]:
+    if found := xids(c, fatal=False):
+        yield Finding(
+            "xid",
+            f"GPU errors in the kernel log since boot (found {listed(found)}, wanted none)",
+            "see `journalctl -k -g Xid`; these codes often come from a program, not from the hardware",
+        )
+
+
+@refusal
+def bus_drop(c: Context) -> Iterator[Finding]:
+    drops = [line for line in c.gpu.get("kernel_log", {}).get("bus_drops", []) if "Xid" not in line]
+    if drops:
+        where = dict.fromkeys(
+            found.group() for line in drops for found in [re.search(r"[0-9a-f]{4}:\S+?(?=:?\s)", line)] if found
+        )
+        yield Finding(
+            "bus_drop",
+            f"a GPU has fallen off the bus since boot (found {listed(where) or drops[0]}, wanted none)",
+            "power-cycle the node, and have the GPU or its riser replaced if it comes back",
+        )
+
+
+@warning
+def persistence(c: Context) -> Iterator[Finding]:
+    bad = [gpu for gpu in c.gpus if gpu["persistence"] is False]
+    if bad:
+        yield Finding(
+            "persistence",
+            f"persistence mode is off (found on {named(bad)}, wanted on)",
+            "run `systemctl enable --now nvidia-persistenced`",
+        )
+
+
+@warning
+def ecc_off(c: Context) -> Iterator[Finding]:
+    bad = [gpu for gpu in c.gpus if gpu["ecc"] is False]
+    if bad:
+        yield Finding("ecc", f"ECC is off (found on {named(bad)}, wanted on)", "run `nvidia-smi -e 1` and reboot")
+
+
+@warning
+def ecc_history(c: Context) -> Iterator[Finding]:
+    bad = [gpu for gpu in c.gpus if gpu["ecc_uncorrected_aggregate"] and not gpu["ecc_uncorrected_volatile"]]
+    if bad:
+        yield Finding(
+            "ecc",
+            f"uncorrected memory errors in the GPU's life (found on {named(bad)}, wanted 0)",
+            "watch these GPUs; the driver has mapped the rows out",
+        )
+
+
+@warning
+def kernel_log(c: Context) -> Iterator[Finding]:
+    if c.driver and not c.gpu.get("kernel_log", {}).get("readable"):
+        yield Finding(
+            "kernel_log",
+            "the kernel log is not readable (found nothing from journalctl -k or dmesg, wanted the lines since boot)",
+            "Xid errors of the past stay unseen; let journald keep kernel messages",
+        )
+
+
+def preflight_findings(
+    node: Mapping[str, Any], gpu: Mapping[str, Any], facts: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> dict[str, list[dict[str, str]]]:
+    """All findings of a node: those that refuse it, and those that only warn."""
+    context = Context(node, gpu, facts, wanted)
+    return {
+        "findings": [finding.as_dict() for rule in REFUSALS for finding in rule(context)],
+        "warnings": [finding.as_dict() for rule in WARNINGS for finding in rule(context)],
+    }
+
+
+class FilterModule:
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        return {"preflight_findings": preflight_findings}

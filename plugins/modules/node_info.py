@@ -1,0 +1,619 @@
+#!/usr/bin/python
+# ruff: noqa: E402 (documentation comes before the imports, as ansible-doc wants it)
+"""Everything that the roles want to know about a node, in one round trip."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: node_info
+short_description: Reads the state of a node in one round trip
+description:
+  - Hardware, limits, clock, disks, ports, reachable addresses, packages, Docker, releases, weights and units.
+  - Read-only. Never fails because something is absent; what is absent is null or empty in the answer.
+options:
+  paths:
+    description: Paths whose file system's space and inodes to report, beside Docker's. A path need not exist yet.
+    type: list
+    elements: str
+    default: []
+  ports:
+    description: TCP ports to look up among those that listen.
+    type: list
+    elements: int
+    default: []
+  urls:
+    description: Addresses to probe, by name. Any answer below 500 counts as reachable.
+    type: dict
+    default: {}
+  url_timeout:
+    description: Seconds for each probe. All run at the same time.
+    type: int
+    default: 10
+  packages:
+    description: Debian packages whose installed version to report.
+    type: list
+    elements: str
+    default: []
+  images:
+    description: Images to look up in Docker.
+    type: list
+    elements: str
+    default: []
+  models:
+    description: Directories of weights.
+    type: list
+    elements: str
+    default: []
+  units:
+    description: systemd units.
+    type: list
+    elements: str
+    default: []
+  files:
+    description: Files whose SHA-256 to report.
+    type: list
+    elements: str
+    default: []
+  release_directory:
+    description: Directory with C(releases), C(current) and C(previous).
+    type: path
+    default: /opt/glm
+  state_file:
+    description: The deployment's state file.
+    type: path
+    default: /var/lib/glm/state.json
+  controller_time:
+    description: Seconds since the epoch on the controller, to report the node's distance from it.
+    type: float
+attributes:
+  check_mode:
+    support: full
+author: glm-fleet
+"""
+
+EXAMPLES = r"""
+- name: Read the node
+  node_info:
+    paths: [/var/lib/glm]
+    ports: [8000]
+    urls:
+      registry: https://registry-1.docker.io/v2/
+    controller_time: "{{ now().timestamp() }}"
+  register: result
+"""
+
+RETURN = r"""
+node:
+  description: One entry a subject, named as the options are.
+  returned: always
+  type: dict
+"""
+
+import ctypes
+import hashlib
+import http.client
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypedDict
+
+from ansible.module_utils.basic import AnsibleModule
+
+DOCKER_SOCKET = "/var/run/docker.sock"
+CDI_DIRECTORIES = ("/etc/cdi", "/var/run/cdi")
+LISTEN = "0A"
+UNSYNCHRONIZED_MICROSECONDS = 16_000_000  # the kernel's maximum error where nothing disciplines the clock
+UNIT_PROPERTIES = {
+    "load": "LoadState",
+    "active": "ActiveState",
+    "sub": "SubState",
+    "enabled": "UnitFileState",
+    "result": "Result",
+    "status_text": "StatusText",
+    "main_pid": "MainPID",
+    "n_restarts": "NRestarts",
+    "since": "StateChangeTimestamp",
+}
+
+
+class Clock(TypedDict):
+    synchronized: bool | None
+    time: float
+    offset_seconds: float | None
+
+
+class Disk(TypedDict):
+    free_bytes: int
+    total_bytes: int
+    free_inodes: int
+    total_inodes: int
+    mount: str
+
+
+class Port(TypedDict):
+    listening: bool
+    address: str | None
+    process: str | None
+    pid: int | None
+    unit: str | None
+    container: str | None
+
+
+class Probe(TypedDict):
+    ok: bool
+    status: int | None
+    error: str | None
+    seconds: float
+
+
+class Image(TypedDict):
+    present: bool
+    id: str | None
+    repo_digests: list[str]
+
+
+class Model(TypedDict):
+    complete: bool
+    manifest_sha256: str | None
+    revision: str | None
+    partial_bytes: int
+
+
+def read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def read_json(path: str | Path) -> dict[str, Any] | None:
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def run(command: list[str], timeout: int = 20) -> str | None:
+    """Standard output, or None where the command is absent or does not answer. Its exit code says nothing here."""
+    path = shutil.which(command[0], path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/bin")
+    if path is None:
+        return None
+    try:
+        done = subprocess.run(
+            [path, *command[1:]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
+            timeout=timeout,
+            check=False,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except (subprocess.TimeoutExpired, OSError):
+        return None
+    return done.stdout.decode("utf-8", "replace")
+
+
+# ---- hardware, limits, clock
+
+
+def parse_memory(meminfo: str) -> int:
+    found = re.search(r"^MemTotal:\s+(\d+) kB", meminfo, re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else 0
+
+
+def parse_open_files(limits: str) -> int | None:
+    """The hard limit in /proc/PID/limits; None where there is none."""
+    found = re.search(r"^Max open files\s+\S+\s+(\d+)", limits, re.MULTILINE)
+    return int(found.group(1)) if found else None
+
+
+def open_files_limit() -> int | None:
+    """What a system service gets: systemd's default, which it cannot lift above its own hard limit."""
+    default = (run(["systemctl", "show", "--property=DefaultLimitNOFILE", "--value"]) or "").strip()
+    limits = [parse_open_files(read("/proc/1/limits")), int(default) if default.isdigit() else None]
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def shm_bytes() -> int:
+    try:
+        shm = os.statvfs("/dev/shm")  # noqa: S108 (its size is the subject)
+    except OSError:
+        return 0
+    return shm.f_blocks * shm.f_frsize
+
+
+def kernel_says_synchronized() -> bool | None:
+    """As timedatectl decides it: from the maximum error that adjtimex(2) reports."""
+    timex = ctypes.create_string_buffer(512)  # modes = 0: read only
+    try:
+        if ctypes.CDLL(None).adjtimex(timex) < 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    maximum_error: int = struct.unpack_from("q", timex.raw, 24)[0]
+    return maximum_error < UNSYNCHRONIZED_MICROSECONDS
+
+
+def clock(now: float, controller_time: float | None) -> Clock:
+    synchronized = kernel_says_synchronized()
+    in_container = any(os.path.exists(path) for path in ("/run/systemd/container", "/.dockerenv", "/run/.containerenv"))
+    if not synchronized and in_container:
+        synchronized = None  # its clock is the host's to set
+    offset = None if controller_time is None else round(now - controller_time, 3)
+    return {"synchronized": synchronized, "time": now, "offset_seconds": offset}
+
+
+def disk(path: str) -> Disk:
+    existing = Path(path)
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    stat = os.statvfs(existing)
+    mount = existing.resolve()
+    while not os.path.ismount(mount):
+        mount = mount.parent
+    return {
+        "free_bytes": stat.f_bavail * stat.f_frsize,
+        "total_bytes": stat.f_blocks * stat.f_frsize,
+        "free_inodes": stat.f_favail,
+        "total_inodes": stat.f_files,
+        "mount": str(mount),
+    }
+
+
+# ---- network
+
+
+def parse_listeners(table: str) -> list[tuple[int, str, str]]:
+    """(port, address, inode) of each listening socket in /proc/net/tcp or tcp6."""
+    listeners = []
+    for fields in (line.split() for line in table.splitlines()[1:]):
+        if len(fields) > 9 and fields[3] == LISTEN:
+            address, port = fields[1].split(":")
+            listeners.append((int(port, 16), parse_address(address), fields[9]))
+    return listeners
+
+
+def parse_address(text: str) -> str:
+    """The kernel prints addresses as host-order words."""
+    words = [struct.pack("=I", int(text[start : start + 8], 16)) for start in range(0, len(text), 8)]
+    return socket.inet_ntop(socket.AF_INET if len(words) == 1 else socket.AF_INET6, b"".join(words))
+
+
+def parse_unit(cgroup: str) -> str | None:
+    units = re.findall(r"/([^/\n]+\.(?:service|scope|socket))", cgroup)
+    return units[-1] if units else None
+
+
+def parse_container_id(cgroup: str, of_the_node: str = "") -> str | None:
+    """The innermost container's id; ids that also hold PID 1 name the node, not a container on it."""
+    ids = re.findall(r"[0-9a-f]{64}", cgroup)
+    return next((name for name in reversed(ids) if name not in of_the_node), None)
+
+
+def socket_owners(inodes: set[str]) -> dict[str, int]:
+    """The first process found to hold each socket."""
+    owners: dict[str, int] = {}
+    wanted = {f"socket:[{inode}]": inode for inode in inodes}
+    for process in Path("/proc").glob("[0-9]*") if wanted else []:
+        try:
+            links = [os.readlink(entry.path) for entry in os.scandir(process / "fd")]
+        except OSError:
+            continue  # gone meanwhile
+        for link in links:
+            if link in wanted:
+                owners.setdefault(wanted[link], int(process.name))
+    return owners
+
+
+def ports(wanted: list[int], container_names: dict[str, str]) -> dict[str, Port]:
+    listeners = [
+        entry for kind in ("tcp", "tcp6") for entry in parse_listeners(read(f"/proc/net/{kind}")) if entry[0] in wanted
+    ]
+    owners = socket_owners({inode for _, _, inode in listeners})
+    of_the_node = read("/proc/1/cgroup")
+    answer: dict[str, Port] = {}
+    for number in wanted:
+        port: Port = {
+            "listening": False, "address": None, "process": None, "pid": None, "unit": None, "container": None,
+        }  # fmt: skip
+        for _, address, inode in (entry for entry in listeners if entry[0] == number):
+            port["listening"], port["address"] = True, address
+            pid = owners.get(inode)
+            if pid is not None:
+                cgroup = read(f"/proc/{pid}/cgroup")
+                port["pid"], port["process"] = pid, read(f"/proc/{pid}/comm").strip() or None
+                port["unit"] = parse_unit(cgroup)
+                port["container"] = container_names.get(parse_container_id(cgroup, of_the_node) or "")
+                break
+        answer[str(number)] = port
+    return answer
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an answer: the address is reachable."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+def probe(url: str, timeout: int) -> Probe:
+    started = time.monotonic()
+    status, error = None, None
+    try:
+        with urllib.request.build_opener(_NoRedirect).open(url, timeout=timeout) as answer:
+            status = answer.status
+    except urllib.error.HTTPError as answer_with_error:
+        status = answer_with_error.code
+        answer_with_error.close()
+    except (OSError, ValueError, http.client.HTTPException) as problem:
+        error = describe(problem)
+    if status is not None and status >= 500:
+        error = f"HTTP {status}"
+    return {"ok": error is None, "status": status, "error": error, "seconds": round(time.monotonic() - started, 3)}
+
+
+def describe(problem: Exception) -> str:
+    """One short line for a failed connection."""
+    reason = getattr(problem, "reason", problem)
+    if isinstance(reason, (socket.timeout, TimeoutError)):
+        return "no answer in time"
+    if isinstance(reason, socket.gaierror):
+        return "the name does not resolve"
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return f"the certificate is not trusted: {reason.verify_message}"
+    text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+    return " ".join(str(text).split())
+
+
+# ---- packages, units, Docker
+
+
+def parse_packages(listing: str) -> dict[str, str]:
+    fields = (line.split("\t") for line in listing.splitlines())
+    return {entry[0]: entry[2] for entry in fields if len(entry) == 3 and entry[1] == "installed"}
+
+
+def packages(names: list[str]) -> dict[str, str | None]:
+    if not names:
+        return {}
+    form = "--showformat=${Package}\\t${db:Status-Status}\\t${Version}\\n"
+    installed = parse_packages(run(["dpkg-query", "--show", form, *names]) or "")
+    return {name: installed.get(name) for name in names}
+
+
+def parse_units(listing: str) -> dict[str, dict[str, Any]]:
+    """Blocks of KEY=VALUE, one a unit, from `systemctl show`."""
+    answer: dict[str, dict[str, Any]] = {}
+    for block in listing.strip().split("\n\n"):
+        shown = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+        unit: dict[str, Any] = {key: shown.get(name) or None for key, name in UNIT_PROPERTIES.items()}
+        for key in ("main_pid", "n_restarts"):
+            unit[key] = int(unit[key]) if (unit[key] or "").isdigit() else 0
+        since = (unit["since"] or "").lstrip("@")
+        unit["since"] = int(since) if since.isdigit() else None
+        if "Id" in shown:
+            answer[shown["Id"]] = unit
+    return answer
+
+
+def units(names: list[str]) -> dict[str, dict[str, Any]]:
+    if not names:
+        return {}
+    properties = ",".join(["Id", *UNIT_PROPERTIES.values()])
+    listing = run(["systemctl", "show", "--timestamp=unix", f"--property={properties}", *names]) or ""
+    shown = parse_units(listing)
+    absent: dict[str, Any] = {**dict.fromkeys(UNIT_PROPERTIES), "load": "not-found", "main_pid": 0, "n_restarts": 0}
+    # An alias is shown under its target's name; systemctl keeps the order of the arguments.
+    by_order = list(shown.values()) if len(shown) == len(names) else []
+    return {name: shown.get(name) or (by_order[i] if by_order else absent) for i, name in enumerate(names)}
+
+
+class _DockerConnection(http.client.HTTPConnection):
+    def __init__(self) -> None:
+        super().__init__("localhost", timeout=20)
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(DOCKER_SOCKET)
+
+
+def docker_runs() -> bool:
+    """Looks for the process first: connecting to the socket would start a socket-activated Docker."""
+    commands = (read(path).strip() for path in Path("/proc").glob("[0-9]*/comm"))
+    return os.path.exists(DOCKER_SOCKET) and "dockerd" in commands
+
+
+def docker_get(path: str) -> Any:
+    """The decoded answer of the Docker API, or None."""
+    connection = _DockerConnection()
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        body = answer.read()
+        return json.loads(body) if answer.status == 200 else None
+    except (OSError, ValueError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
+def docker(info: dict[str, Any] | None, container_names: dict[str, str]) -> dict[str, Any]:
+    installed = any(shutil.which(name, path="/usr/bin:/usr/local/bin:/usr/sbin") for name in ("dockerd", "docker"))
+    version = (info or {}).get("ServerVersion")
+    if installed and version is None:
+        found = re.search(r"version ([^,\s]+)", run(["docker", "--version"]) or "")
+        version = found.group(1) if found else None
+    return {
+        "installed": installed or info is not None,
+        "running": info is not None,
+        "version": version,
+        "root_dir": (info or {}).get("DockerRootDir"),
+        "live_restore": (info or {}).get("LiveRestoreEnabled"),
+        "cgroup_driver": (info or {}).get("CgroupDriver"),
+        "containers_running": sorted(container_names.values()),
+        "daemon_json": read_json("/etc/docker/daemon.json"),
+    }
+
+
+def containers() -> dict[str, str]:
+    """Names of the running containers by id."""
+    listing = docker_get("/containers/json") or []
+    return {entry["Id"]: entry["Names"][0].lstrip("/") for entry in listing if entry.get("Names")}
+
+
+def image(reference: str, runs: bool) -> Image:
+    found = docker_get(f"/images/{urllib.parse.quote(reference, safe='/:@')}/json") if runs else None
+    return {
+        "present": found is not None,
+        "id": (found or {}).get("Id"),
+        "repo_digests": (found or {}).get("RepoDigests") or [],
+    }
+
+
+def parse_cdi(text: str) -> list[str]:
+    """Qualified device names of one CDI specification, written as JSON or as block-style YAML."""
+    try:
+        data = json.loads(text)
+        return [f"{data['kind']}={device['name']}" for device in data.get("devices", [])]
+    except (ValueError, KeyError, TypeError):
+        pass
+    kind = re.search(r"^kind:\s*[\"']?([^\"'\s]+)", text, re.MULTILINE)
+    names = re.findall(r"^(?:- |  |  - |    )name:\s*[\"']?([^\"'\s]+)", text, re.MULTILINE)
+    return [f"{kind.group(1)}={name}" for name in names] if kind else []
+
+
+def cdi() -> dict[str, list[str]]:
+    files = [
+        path for base in CDI_DIRECTORIES for path in sorted(Path(base).glob("*")) if path.suffix in (".yaml", ".json")
+    ]
+    devices = sorted({device for path in files for device in parse_cdi(read(path))})
+    return {"devices": devices, "spec_files": [str(path) for path in files]}
+
+
+def container_toolkit(installed: str | None) -> str | None:
+    """The package's version, or the program's own where it came another way."""
+    found = re.search(r"version:?\s+v?(\d[\w.+~-]*)", run(["nvidia-ctk", "--version"]) or "") if not installed else None
+    return installed or (found.group(1) if found else None)
+
+
+# ---- what the deployment left
+
+
+def release(base: str) -> dict[str, Any]:
+    def target(link: str) -> str | None:
+        try:
+            return os.path.basename(os.readlink(os.path.join(base, link)).rstrip("/"))
+        except OSError:
+            return None
+
+    ids = sorted(path.name for path in Path(base, "releases").glob("*") if path.is_dir())
+    return {"current": target("current"), "previous": target("previous"), "ids": ids}
+
+
+def allocated_bytes(directory: str) -> int:
+    """As du counts: a file that is still being filled holds less than its size."""
+    total = 0
+    for base, _, names in os.walk(directory):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(base, name)).st_blocks * 512
+            except OSError:
+                continue
+    return total
+
+
+def model(directory: str) -> Model:
+    manifest = read_json(os.path.join(directory, ".glm-manifest.json"))
+    return {
+        "complete": manifest is not None,
+        "manifest_sha256": (manifest or {}).get("sha256"),
+        "revision": (manifest or {}).get("revision"),
+        "partial_bytes": allocated_bytes(directory.rstrip("/") + ".partial"),
+    }
+
+
+def sha256(path: str) -> str | None:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as stream:
+            for block in iter(lambda: stream.read(1 << 20), b""):
+                digest.update(block)
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+def collect(params: dict[str, Any]) -> dict[str, Any]:
+    now = time.time()  # first of all, so that the distance to the controller holds no work of ours
+    toolkit = "nvidia-container-toolkit"
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        probes = {name: pool.submit(probe, url, params["url_timeout"]) for name, url in params["urls"].items()}
+        info_job = pool.submit(lambda: docker_get("/info") if docker_runs() else None)
+        packages_job = pool.submit(packages, [*params["packages"], toolkit])
+        units_job = pool.submit(units, params["units"])
+        info = info_job.result()
+        container_names = containers() if info else {}
+        versions = packages_job.result()
+        return {
+            "arch": platform.machine(),
+            "kernel": platform.release(),
+            "boot_id": read("/proc/sys/kernel/random/boot_id").strip(),
+            "memory_bytes": parse_memory(read("/proc/meminfo")),
+            "shm_bytes": shm_bytes(),
+            "nofile_limit": open_files_limit(),
+            "clock": clock(now, params["controller_time"]),
+            "disks": {path: disk(path) for path in [*params["paths"], (info or {}).get("DockerRootDir")] if path},
+            "ports": ports(params["ports"], container_names),
+            "packages": {name: versions[name] for name in params["packages"]},
+            "docker": docker(info, container_names),
+            "images": {reference: image(reference, info is not None) for reference in params["images"]},
+            "cdi": cdi(),
+            "release": release(params["release_directory"]),
+            "state": read_json(params["state_file"]),
+            "models": {directory: model(directory) for directory in params["models"]},
+            "units": units_job.result(),
+            "files": {path: sha256(path) for path in params["files"]},
+            "container_toolkit": container_toolkit(versions[toolkit]),
+            "urls": {name: job.result() for name, job in probes.items()},
+        }
+
+
+def main() -> None:
+    strings = {"type": "list", "elements": "str", "default": []}
+    module = AnsibleModule(
+        argument_spec={
+            "paths": strings,
+            "ports": {"type": "list", "elements": "int", "default": []},
+            "urls": {"type": "dict", "default": {}},
+            "url_timeout": {"type": "int", "default": 10},
+            "packages": strings,
+            "images": strings,
+            "models": strings,
+            "units": strings,
+            "files": strings,
+            "release_directory": {"type": "path", "default": "/opt/glm"},
+            "state_file": {"type": "path", "default": "/var/lib/glm/state.json"},
+            "controller_time": {"type": "float"},
+        },
+        supports_check_mode=True,
+    )
+    module.exit_json(changed=False, node=collect(module.params))
+
+
+if __name__ == "__main__":
+    main()

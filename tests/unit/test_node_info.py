@@ -1,0 +1,201 @@
+"""node_info's parsers, and its probes against a server of our own."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import node_info
+import pytest
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Answers with the status that is the path."""
+
+    def do_GET(self) -> None:
+        self.send_response(int(self.path.strip("/")))
+        self.send_header("Location", "http://127.0.0.1:1/")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    http = HTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_port}"
+    http.shutdown()
+    http.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "ok"), [(200, True), (302, True), (401, True), (404, True), (429, True), (503, False)]
+)
+def test_any_answer_below_500_will_do(server: str, status: int, ok: bool) -> None:
+    probe = node_info.probe(f"{server}/{status}", 5)
+    assert (probe["ok"], probe["status"]) == (ok, status)
+
+
+def test_nobody_answers() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        probe = node_info.probe(f"http://127.0.0.1:{closed.getsockname()[1]}/", 2)
+    assert (probe["ok"], probe["status"], probe["error"]) == (False, None, "Connection refused")
+
+
+def test_an_address_that_is_none() -> None:
+    assert node_info.probe("nonsense", 1)["ok"] is False
+
+
+def test_listening_ports_name_the_process() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        number = listener.getsockname()[1]
+        seen = node_info.ports([number], {})[str(number)]
+    assert (seen["listening"], seen["address"]) == (True, "127.0.0.1")
+    assert seen["pid"] is not None and seen["process"]
+
+
+def test_free_port() -> None:
+    assert node_info.ports([1], {})["1"]["listening"] is False
+
+
+def test_listener_on_ipv6() -> None:
+    table = (
+        "heading\n   0: 00000000000000000000000001000000:1F40 00000000000000000000000000000000:0000 0A 0 0 0 0 0 77 1\n"
+    )
+    assert node_info.parse_listeners(table) == [(8000, "::1", "77")]
+
+
+def test_unit_of_a_process() -> None:
+    assert node_info.parse_unit("0::/system.slice/haproxy.service\n") == "haproxy.service"
+    assert node_info.parse_unit(f"0::/docker/{'a' * 64}/system.slice/haproxy.service\n") == "haproxy.service"
+    assert node_info.parse_unit("0::/\n") is None
+
+
+def test_packages_that_are_removed_do_not_count() -> None:
+    listing = "haproxy\tinstalled\t2.6.12-1\ndocker.io\tconfig-files\t20.10\nx\tnot-installed\t\n"
+    assert node_info.parse_packages(listing) == {"haproxy": "2.6.12-1"}
+
+
+def test_units() -> None:
+    shown = node_info.parse_units(
+        "Id=glm-engine.service\nLoadState=loaded\nActiveState=activating\nSubState=start\nUnitFileState=enabled\n"
+        "Result=success\nStatusText=loading weights = 40 %\nMainPID=99\nNRestarts=1\nStateChangeTimestamp=@1700000000\n"
+        "\nId=x.service\nLoadState=not-found\nActiveState=inactive\nSubState=dead\nUnitFileState=\nMainPID=0\n"
+    )
+    engine = shown["glm-engine.service"]
+    assert (engine["active"], engine["main_pid"], engine["n_restarts"]) == ("activating", 99, 1)
+    assert (engine["status_text"], engine["since"]) == ("loading weights = 40 %", 1700000000)
+    assert (shown["x.service"]["load"], shown["x.service"]["enabled"]) == ("not-found", None)
+
+
+CDI_YAML = """---
+cdiVersion: 0.5.0
+containerEdits:
+  env:
+  - NVIDIA_VISIBLE_DEVICES=void
+devices:
+- containerEdits:
+    deviceNodes:
+    - path: /dev/nvidia0
+  name: "0"
+- containerEdits:
+    deviceNodes:
+    - path: /dev/nvidia0
+  name: all
+kind: nvidia.com/gpu
+"""
+
+
+def test_cdi_devices() -> None:
+    assert node_info.parse_cdi(CDI_YAML) == ["nvidia.com/gpu=0", "nvidia.com/gpu=all"]
+    as_json = {"kind": "nvidia.com/gpu", "devices": [{"name": "all"}]}
+    assert node_info.parse_cdi(json.dumps(as_json)) == ["nvidia.com/gpu=all"]
+    assert node_info.parse_cdi("") == []
+
+
+def test_open_files_limit() -> None:
+    assert (
+        node_info.parse_open_files("Limit  Soft  Hard  Units\nMax open files            1024   20000   files\n")
+        == 20000
+    )
+    assert node_info.parse_open_files("Max open files            unlimited            unlimited  files\n") is None
+
+
+def test_memory() -> None:
+    assert node_info.parse_memory("MemTotal:       2048 kB\nMemFree: 1 kB\n") == 2 * 1024**2
+
+
+def test_disk_of_a_path_that_is_not_there_yet(tmp_path: Path) -> None:
+    disk = node_info.disk(str(tmp_path / "a" / "b"))
+    assert disk["total_bytes"] > 0
+    assert str(tmp_path).startswith(disk["mount"])
+
+
+def test_model(tmp_path: Path) -> None:
+    directory = tmp_path / "revision"
+    assert node_info.model(str(directory)) == {
+        "complete": False,
+        "manifest_sha256": None,
+        "revision": None,
+        "partial_bytes": 0,
+    }
+    partial = tmp_path / "revision.partial"
+    partial.mkdir()
+    (partial / "shard").write_bytes(b"x" * 65536)
+    assert node_info.model(str(directory))["partial_bytes"] >= 65536
+    directory.mkdir()
+    (directory / ".glm-manifest.json").write_text('{"sha256": "abc", "revision": "r"}')
+    seen = node_info.model(str(directory))
+    assert (seen["complete"], seen["manifest_sha256"], seen["revision"]) == (True, "abc", "r")
+
+
+def test_release(tmp_path: Path) -> None:
+    assert node_info.release(str(tmp_path)) == {"current": None, "previous": None, "ids": []}
+    (tmp_path / "releases" / "abc").mkdir(parents=True)
+    (tmp_path / "current").symlink_to("releases/abc")
+    assert node_info.release(str(tmp_path)) == {"current": "abc", "previous": None, "ids": ["abc"]}
+
+
+def test_files(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"")
+    assert node_info.sha256(str(tmp_path / "x")) == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    assert node_info.sha256(str(tmp_path / "y")) is None
+
+
+def test_clock_offset() -> None:
+    assert node_info.clock(1000.0, 990.0)["offset_seconds"] == 10.0
+    assert node_info.clock(1000.0, None)["offset_seconds"] is None
+
+
+def test_nothing_there_is_no_error(tmp_path: Path) -> None:
+    nothing = str(tmp_path / "nothing")
+    seen = node_info.collect(
+        {
+            "paths": [nothing],
+            "ports": [1],
+            "urls": {},
+            "url_timeout": 1,
+            "packages": ["no-such-package"],
+            "images": ["no/such:image"],
+            "models": [nothing],
+            "units": ["no-such.service"],
+            "files": [nothing],
+            "release_directory": nothing,
+            "state_file": nothing,
+            "controller_time": None,
+        }
+    )
+    assert seen["state"] is None
+    assert seen["packages"] == {"no-such-package": None}
+    assert seen["images"]["no/such:image"]["present"] is False
+    assert seen["units"]["no-such.service"]["active"] in (None, "inactive")
+    assert seen["memory_bytes"] > 0
+    json.dumps(seen)

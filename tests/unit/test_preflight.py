@@ -1,0 +1,446 @@
+"""The rules of preflight: a ready node has no findings; each fault has its one line."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import gpu_info
+import names
+import preflight
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURES = ROOT / "tests" / "fixtures" / "nvidia-smi"
+GIB = 1024**3
+Dict = dict[str, Any]
+
+
+def seen_by_gpu_info(machine: str) -> Dict:
+    folder = FIXTURES / machine
+    smi = gpu_info.Output(0, (folder / "smi-q.xml").read_text())
+    query = gpu_info.parse_query(smi.text)
+    version = (folder / "proc-driver-nvidia-version.txt").read_text()
+    manager = folder / "nv-fabricmanager-version.txt"
+    return asdict(
+        gpu_info.Report(
+            driver=gpu_info.build_driver(version, smi, query, None),
+            gpus=query.gpus,
+            processes=query.processes,
+            links=gpu_info.parse_topology((folder / "topo.txt").read_text()),
+            fabric_manager_version=gpu_info.parse_fabric_manager_version(manager.read_text())
+            if manager.exists()
+            else None,
+            kernel_log=gpu_info.parse_kernel_log("NVRM: loading\n"),
+            pci=[gpu.pci_address for gpu in query.gpus],
+        )
+    )
+
+
+def free_port() -> Dict:
+    return {"listening": False, "address": None, "process": None, "pid": None, "unit": None, "container": None}
+
+
+@pytest.fixture
+def node() -> Dict:
+    disk = {"free_bytes": 20000 * GIB, "total_bytes": 22000 * GIB, "free_inodes": 10**9, "total_inodes": 10**9}
+    return {
+        "arch": "x86_64",
+        "memory_bytes": 2900 * GIB,
+        "shm_bytes": 1450 * GIB,
+        "nofile_limit": 524288,
+        "clock": {"synchronized": True, "time": 0.0, "offset_seconds": 0.4},
+        "disks": {path: {**disk, "mount": "/"} for path in ("/var/lib/glm", "/var/lib/docker")},
+        "ports": {"8000": free_port(), "8001": free_port()},
+        "urls": {name: {"ok": True, "status": 200, "error": None, "seconds": 0.1} for name in ("registry", "hub")},
+        "docker": {"root_dir": None},
+        "images": {},
+        "models": {},
+    }
+
+
+@pytest.fixture
+def gpu() -> Dict:
+    return seen_by_gpu_info("hgx-b200-570")
+
+
+@pytest.fixture
+def facts() -> Dict:
+    return {"distribution": "Ubuntu", "distribution_version": "24.04"}
+
+
+@pytest.fixture
+def wanted() -> Dict:
+    """What the role wants by default, of a node that is to get a real image and real weights."""
+    defaults: Dict = yaml.safe_load((ROOT / "roles/preflight/defaults/main.yml").read_text())
+    names_in_role: Dict = yaml.safe_load((ROOT / "roles/preflight/vars/main.yml").read_text())["__preflight_wanted"]
+    values = {key: defaults[f"preflight_{key}"] for key in names_in_role}
+    image = {"pull_ref": "vllm/vllm-openai@sha256:0", "cuda": "12.9", "size_bytes": 12 * GIB}
+    return {
+        **values,
+        "image": image,
+        "weights": {"total_bytes": 755_600_000_000},
+        "model_directory": "/var/lib/glm/models/zai-org--GLM-5.2-FP8/31cba24f",
+    }
+
+
+class World:
+    """One node, to be broken by a test."""
+
+    def __init__(self, node: Dict, gpu: Dict, facts: Dict, wanted: Dict) -> None:
+        self.node, self.gpu, self.facts, self.wanted = node, gpu, facts, wanted
+
+    def findings(self) -> list[dict[str, str]]:
+        return preflight.preflight_findings(self.node, self.gpu, self.facts, self.wanted)["findings"]
+
+    def warnings(self) -> list[dict[str, str]]:
+        return preflight.preflight_findings(self.node, self.gpu, self.facts, self.wanted)["warnings"]
+
+
+@pytest.fixture
+def world(node: Dict, gpu: Dict, facts: Dict, wanted: Dict) -> World:
+    return World(node, gpu, facts, wanted)
+
+
+def test_a_ready_node_has_no_findings(world: World) -> None:
+    assert world.findings() == []
+    assert [warning["id"] for warning in world.warnings()] == ["driver_branch"]  # 570 is at its end of life
+
+
+@pytest.mark.parametrize(
+    ("distribution", "version", "supported"),
+    [("Debian", "13", True), ("Debian", "12.5", True), ("Ubuntu", "22.04", True), ("Ubuntu", "20.04", False)],
+)
+def test_systems(world: World, distribution: str, version: str, supported: bool) -> None:
+    world.facts.update(distribution=distribution, distribution_version=version)
+    assert bool(world.findings()) is not supported
+
+
+def lose_a_gpu(world: World) -> None:
+    del world.gpu["gpus"][5], world.gpu["pci"][5]
+
+
+def be_another_model(world: World) -> None:
+    for gpu in world.gpu["gpus"]:
+        gpu["name"] = "NVIDIA H200"
+
+
+def fabric_in_progress(world: World) -> None:
+    world.gpu["gpus"][3].update(fabric_state="In Progress", fabric_status=None)
+
+
+def weak_link(world: World) -> None:
+    world.gpu["links"][0]["link"] = "SYS"
+
+
+def remap_pending(world: World) -> None:
+    world.gpu["gpus"][2]["remap_pending"] = True
+
+
+def remap_failed(world: World) -> None:
+    world.gpu["gpus"][2]["remap_failure"] = True
+
+
+def uncorrected(world: World) -> None:
+    world.gpu["gpus"][7]["ecc_uncorrected_volatile"] = 2
+
+
+def recovery(world: World) -> None:
+    world.gpu["gpus"][7]["recovery_action"] = "Reboot"
+
+
+def mig_on(world: World) -> None:
+    world.gpu["gpus"][0]["mig"] = True
+
+
+def mismatch(world: World) -> None:
+    said = "Failed to initialize NVML: Driver/library version mismatch\nNVML library version: 570.195\n"
+    version = (FIXTURES / "hgx-b200-570/proc-driver-nvidia-version.txt").read_text()
+    driver = gpu_info.build_driver(version, gpu_info.Output(18, said), gpu_info.Query(), None)
+    assert driver is not None
+    world.gpu.update(driver=asdict(driver), gpus=[], links=[])
+
+
+def no_driver(world: World) -> None:
+    world.gpu.update(driver=None, gpus=[], links=[], fabric_manager_version=None)
+
+
+def not_loaded(world: World) -> None:
+    world.gpu["driver"].update(error="NVIDIA-SMI has failed", module_version=None)
+    world.gpu.update(gpus=[], links=[])
+
+
+def old_driver(world: World) -> None:
+    world.gpu["driver"].update(version="570.86.15", module_version="570.86.15")
+    world.gpu["fabric_manager_version"] = "570.86.15"
+
+
+def older_branch(world: World) -> None:
+    world.wanted["driver_branch"] = 580
+
+
+def closed_module(world: World) -> None:
+    world.gpu["driver"]["open_module"] = False
+
+
+def manager_differs(world: World) -> None:
+    world.gpu["fabric_manager_version"] = "570.195.03"
+
+
+def newer_cuda(world: World) -> None:
+    world.wanted["image"]["cuda"] = "13.0.1"
+
+
+def foreign_process(world: World) -> None:
+    process = gpu_info.Process(1, 4711, "python3", "C", 900, "c" * 64, "notebook")
+    world.gpu["processes"] = [asdict(process)]
+
+
+def xid_79(world: World) -> None:
+    line = "NVRM: Xid (PCI:0000:1b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus."
+    world.gpu["kernel_log"] = asdict(gpu_info.parse_kernel_log(line))
+
+
+def bus_drop(world: World) -> None:
+    line = "kernel: NVRM: GPU 0000:52:00.0: GPU has fallen off the bus."
+    world.gpu["kernel_log"] = asdict(gpu_info.parse_kernel_log(line))
+
+
+def gpu_gone_from_the_driver(world: World) -> None:
+    world.gpu["pci"].append("0000:f1:00.0")
+
+
+def full_disk(world: World) -> None:
+    for disk in world.node["disks"].values():
+        disk["free_bytes"] = 500 * GIB
+
+
+def no_inodes(world: World) -> None:
+    for disk in world.node["disks"].values():
+        disk["free_inodes"] = 10
+
+
+def little_memory(world: World) -> None:
+    world.node["memory_bytes"] = 64 * GIB
+
+
+def little_shm(world: World) -> None:
+    world.node["shm_bytes"] = GIB // 16
+
+
+def few_files(world: World) -> None:
+    world.node["nofile_limit"] = 1024
+
+
+def unsynchronized(world: World) -> None:
+    world.node["clock"]["synchronized"] = False
+
+
+def wrong_clock(world: World) -> None:
+    world.node["clock"].update(synchronized=None, offset_seconds=-300.2)
+
+
+def edge_taken(world: World) -> None:
+    world.node["ports"]["8000"].update(listening=True, process="nginx", pid=7, unit="nginx.service")
+
+
+def engine_taken(world: World) -> None:
+    world.node["ports"]["8001"].update(listening=True, process="python3", pid=9, unit="session-1.scope")
+
+
+def no_registry(world: World) -> None:
+    world.node["urls"]["registry"].update(ok=False, status=None, error="Connection refused")
+
+
+def hub_ill(world: World) -> None:
+    world.node["urls"]["hub"].update(ok=False, status=503, error="HTTP 503")
+
+
+def no_such_image(world: World) -> None:
+    world.wanted["image_error"] = "vllm/vllm-openai:glm52-cu130 is not in the registry"
+
+
+def no_such_revision(world: World) -> None:
+    world.wanted["weights_error"] = "zai-org/GLM-5.2-FP8 has no revision ffff"
+
+
+def other_arch(world: World) -> None:
+    world.node["arch"] = "aarch64"
+
+
+FAULTS: list[tuple[Callable[[World], None], str, list[str]]] = [
+    (lose_a_gpu, "gpu_count", ["found 7", "wanted 8", "glm_gpu_count"]),
+    (be_another_model, "gpu_model", ["NVIDIA H200", "wanted B200", "glm_gpu_model"]),
+    (
+        fabric_in_progress,
+        "fabric",
+        ["In Progress", "GPU 3 (0000:61:00.0)", "Completed/Success", "nvidia-fabricmanager"],
+    ),
+    (weak_link, "nvlink", ["SYS between GPU 0 and GPU 1", "wanted NV18", "nvidia-smi nvlink"]),
+    (remap_pending, "row_remap", ["pending", "GPU 2", "--gpu-reset"]),
+    (remap_failed, "row_remap", ["failed", "GPU 2", "replaced"]),
+    (uncorrected, "ecc", ["found 2 on GPU 7", "wanted 0", "--gpu-reset"]),
+    (recovery, "gpu_recovery", ["Reboot", "GPU 7", "reboot the node"]),
+    (mig_on, "mig", ["GPU 0", "wanted off", "nvidia-smi -mig 0"]),
+    (mismatch, "driver_library", ["library 570.195", "wanted 570.211.01", "reboot"]),
+    (no_driver, "driver", ["found none", "570.133.20", "install"]),
+    (not_loaded, "driver", ["NVIDIA-SMI has failed", "modprobe nvidia"]),
+    (old_driver, "driver_version", ["found 570.86.15", "wanted 570.133.20", "install a driver"]),
+    (older_branch, "driver_branch", ["found 570", "wanted 580", "glm_driver_branch: 570"]),
+    (closed_module, "open_module", ["proprietary", "wanted open", "nvidia-open-570"]),
+    (manager_differs, "fabric_manager", ["found 570.195.03", "wanted 570.211.01", "restart nvidia-fabricmanager"]),
+    (
+        newer_cuda,
+        "image_cuda",
+        ["CUDA 13.0.1", "at most 12.8", "glm_image", "driver 580", "preflight_allow_cuda_compat"],
+    ),
+    (foreign_process, "gpu_process", ["python3 (pid 4711, container notebook) on GPU 1", "stop it"]),
+    (xid_79, "xid", ["Xid 79 on 0000:1b:00", "wanted none", "reboot"]),
+    (bus_drop, "bus_drop", ["0000:52:00.0", "wanted none", "power-cycle"]),
+    (gpu_gone_from_the_driver, "gpu_lost", ["0000:f1:00.0", "reboot"]),
+    (full_disk, "disk_space", ["500.0 GiB free", "703.7 GiB for the rest of the weights", "glm_data_dir"]),
+    (no_inodes, "inodes", ["found 10 free", "wanted 500000", "glm_data_dir"]),
+    (little_memory, "memory", ["found 64.0 GiB", "wanted 900 GiB", "preflight_min_memory_gib"]),
+    (little_shm, "shared_memory", ["/dev/shm", "found 0.1 GiB", "wanted 32 GiB", "mount -o remount"]),
+    (few_files, "open_files", ["found 1024", "wanted 65536", "DefaultLimitNOFILE"]),
+    (unsynchronized, "clock", ["NTPSynchronized=no", "timedatectl set-ntp true"]),
+    (wrong_clock, "clock", ["found -300 s", "at most 10 s", "timedatectl"]),
+    (edge_taken, "edge_port", ["port 8000", "nginx (pid 7, nginx.service)", "glm_port"]),
+    (engine_taken, "engine_port", ["port 8001", "python3 (pid 9", "glm_engine_port"]),
+    (no_registry, "registry", ["registry-1.docker.io", "Connection refused", "glm_registry_mirror"]),
+    (hub_ill, "hub", ["huggingface.co", "HTTP 503", "glm_hf_endpoint"]),
+    (no_such_image, "image", ["glm52-cu130 is not in the registry", "glm_image"]),
+    (no_such_revision, "weights", ["no revision ffff", "glm_model_revision"]),
+    (other_arch, "architecture", ["found aarch64", "wanted x86_64"]),
+]
+
+
+@pytest.mark.parametrize(("fault", "check", "words"), FAULTS, ids=[fault.__name__ for fault, _, _ in FAULTS])
+def test_each_fault_has_its_one_line(
+    world: World, fault: Callable[[World], None], check: str, words: list[str]
+) -> None:
+    fault(world)
+    findings = world.findings()
+    assert [finding["id"] for finding in findings] == [check]
+    line = findings[0]["line"]
+    assert line.startswith(f"{check}: ")
+    assert "\n" not in line
+    for word in words:
+        assert word in line
+    assert findings[0]["text"] and findings[0]["fix"]
+
+
+def test_all_findings_come_in_one_go(world: World) -> None:
+    for fault in (lose_a_gpu, fabric_in_progress, edge_taken, little_shm):
+        fault(world)
+    assert {finding["id"] for finding in world.findings()} == {"gpu_count", "fabric", "edge_port", "shared_memory"}
+
+
+def test_a_serving_node_is_no_fault(world: World) -> None:
+    """The second run: our engine computes, our edge listens, image and weights are there, the way out is shut."""
+    worker = gpu_info.Process(0, 1, "VLLM::Worker_TP0", "C", 170000, "d" * 64, "glm-engine", own=True)
+    world.gpu["processes"] = [asdict(worker)]
+    world.node["ports"]["8000"].update(listening=True, process="haproxy", pid=3, unit="haproxy.service")
+    world.node["ports"]["8001"].update(listening=True, process="vllm", pid=1, container="glm-engine")
+    world.node["images"] = {world.wanted["image"]["pull_ref"]: {"present": True}}
+    world.node["models"] = {world.wanted["model_directory"]: {"complete": True, "partial_bytes": 0}}
+    no_registry(world)
+    hub_ill(world)
+    for disk in world.node["disks"].values():
+        disk["free_bytes"] = 300 * GIB
+    assert world.findings() == []
+    assert {"registry", "hub"} <= {warning["id"] for warning in world.warnings()}
+
+
+def test_what_is_downloaded_already_needs_no_space(world: World) -> None:
+    for disk in world.node["disks"].values():
+        disk["free_bytes"] = 500 * GIB
+    world.node["models"] = {world.wanted["model_directory"]: {"complete": False, "partial_bytes": 600 * GIB}}
+    assert world.findings() == []
+
+
+def test_data_and_docker_on_disks_of_their_own(world: World) -> None:
+    world.node["disks"]["/var/lib/docker"].update(mount="/var/lib/docker", free_bytes=GIB)
+    (finding,) = world.findings()
+    assert "at /var/lib/docker is too full (found 1.0 GiB free, wanted 36.0 GiB" in finding["line"]
+
+
+def test_file_system_without_inodes(world: World) -> None:
+    for disk in world.node["disks"].values():
+        disk.update(free_inodes=0, total_inodes=0)
+    assert world.findings() == []
+
+
+def test_clock_that_nobody_vouches_for(world: World) -> None:
+    world.node["clock"].update(synchronized=None, offset_seconds=1.0)
+    assert world.findings() == []
+    world.node["clock"].update(offset_seconds=None)
+    assert [finding["id"] for finding in world.findings()] == ["clock"]
+
+
+def test_cuda_13_on_branch_580(world: World) -> None:
+    world.gpu = seen_by_gpu_info("h100-580")
+    world.wanted.update(gpu_count=1, gpu_model="H100", fabric_required=False, driver_branch=580)
+    newer_cuda(world)
+    assert world.findings() == []
+    assert world.warnings() == []
+
+
+def test_cuda_13_on_570_when_allowed(world: World) -> None:
+    newer_cuda(world)
+    world.wanted["allow_cuda_compat"] = True
+    assert world.findings() == []
+
+
+def test_newer_branch_only_warns(world: World) -> None:
+    world.gpu["driver"].update(branch=580, version="580.159.04", module_version="580.159.04", cuda_version="13.0")
+    world.gpu["fabric_manager_version"] = "580.159.04"
+    assert world.findings() == []
+    assert "found 580, wanted 570" in world.warnings()[0]["line"]
+
+
+def test_h100_without_a_fabric_is_refused_where_one_is_wanted(world: World) -> None:
+    world.gpu = seen_by_gpu_info("h100-580")
+    found = {finding["id"] for finding in world.findings()}
+    assert found == {"gpu_count", "gpu_model", "fabric"}
+
+
+def test_warnings_do_not_refuse(world: World) -> None:
+    world.gpu["gpus"][1].update(persistence=False, ecc=False, ecc_uncorrected_aggregate=1)
+    world.gpu["kernel_log"] = asdict(
+        gpu_info.parse_kernel_log("NVRM: Xid (PCI:0000:43:00): 31, pid=1, name=python3, Ch 00000010")
+    )
+    assert world.findings() == []
+    assert {"persistence", "ecc", "xid"} <= {warning["id"] for warning in world.warnings()}
+
+
+def test_judging_leaves_what_was_seen_alone(world: World) -> None:
+    before = copy.deepcopy(world.gpu)
+    world.findings()
+    assert world.gpu == before
+
+
+def test_misspelled_variable_gets_the_nearest_right_one() -> None:
+    known = ["glm_port", "glm_profile", "glm_engine", "glm_engine_port"]
+    found = names.unknown_variables(["glm_prot", "glm_enginne", "glm_port", "ansible_host", "glm_zzz"], known)
+    assert found == [
+        {"name": "glm_enginne", "nearest": "glm_engine"},
+        {"name": "glm_prot", "nearest": "glm_port"},
+        {"name": "glm_zzz", "nearest": ""},
+    ]
+
+
+def test_two_nodes_with_one_address() -> None:
+    hostvars = {
+        "node1": {"ansible_host": "198.18.0.1"},
+        "node2": {"ansible_host": "198.18.0.1"},
+        "node3": {"ansible_host": "198.18.0.1", "ansible_port": 2222},
+        "198.18.0.9": {},
+    }
+    (line,) = names.duplicate_addresses(hostvars, list(hostvars))
+    assert line.startswith("inventory: node1 and node2 have one address (found 198.18.0.1 port 22")
+    assert "ansible_host" in line
