@@ -1,0 +1,428 @@
+"""weights-fetch: complete means checked, nothing is downloaded twice, and a failure leaves all as it was."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.machinery
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hub_manifest import Hub
+from small_hub import DOCKER, REPO, REVISION, SHARDS, TOKEN, SmallHub, model, small_hub
+
+PROGRAM = Path(__file__).resolve().parents[2] / "roles" / "model_weights" / "files" / "weights-fetch"
+SECOND = "2" * 40
+THIRD = "3" * 40
+
+
+def load() -> ModuleType:
+    loader = importlib.machinery.SourceFileLoader("weights_fetch", str(PROGRAM))
+    spec = importlib.util.spec_from_loader("weights_fetch", loader)
+    assert spec
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["weights_fetch"] = module
+    loader.exec_module(module)
+    return module
+
+
+class Node:
+    """A directory that stands for a node, with the program's configuration and a `docker`."""
+
+    def __init__(self, path: Path, hub: SmallHub) -> None:
+        self.path = path
+        self.hub = hub
+        self.models = path / "models"
+        self.docker_log = path / "docker.log"
+        self.releases = [path / "current", path / "previous"]
+        binary = path / "bin" / "docker"
+        binary.parent.mkdir()
+        binary.write_text(DOCKER)
+        binary.chmod(0o755)
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"},
+            "PATH": f"{binary.parent}:{os.environ['PATH']}",
+            "DOCKER_LOG": str(self.docker_log),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+
+    def configure(self, revision: str = REVISION, **settings: Any) -> Path:
+        manifest = Hub(self.hub.endpoint, TOKEN).manifest(REPO, revision)
+        config = {
+            "repo": REPO,
+            "revision": revision,
+            "endpoint": self.hub.endpoint,
+            "image": "vllm/vllm-openai@sha256:" + "a" * 64,
+            "directory": str(self.models),
+            "attempts": 2,
+            "retry_delay": 0,
+            "releases": [str(release) for release in self.releases],
+            "manifest": manifest,
+            **settings,
+        }
+        path = self.path / "weights.json"
+        path.write_text(json.dumps(config))
+        return path
+
+    def start(self, revision: str = REVISION, **settings: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, PROGRAM, self.configure(revision, **settings)],
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, revision: str = REVISION, **settings: Any) -> tuple[int, str, str]:
+        process = self.start(revision, **settings)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    def ok(self, revision: str = REVISION, **settings: Any) -> str:
+        code, out, err = self.run(revision, **settings)
+        assert code == 0, err
+        return out + err
+
+    def error(self, revision: str = REVISION, **settings: Any) -> str:
+        code, _, err = self.run(revision, **settings)
+        assert code == 1
+        lines = [line for line in err.splitlines() if line.startswith("glm: error: ")]
+        assert len(lines) == 1, err
+        assert "Traceback" not in err
+        return lines[0]
+
+    def content(self, revision: str = REVISION) -> dict[str, bytes]:
+        root = self.models / revision
+        return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+    def names(self) -> set[str]:
+        return {path.name for path in self.models.iterdir()}
+
+    def docker_runs(self) -> list[list[str]]:
+        calls = [json.loads(line) for line in self.docker_log.read_text().splitlines()]
+        return [call for call in calls if call[0] == "run"]
+
+
+@pytest.fixture
+def hub() -> Iterator[SmallHub]:
+    with small_hub() as server:
+        server.revisions[SECOND] = {**model(), "README.md": b"# Second\n"}
+        server.revisions[THIRD] = {**model(), "README.md": b"# Third\n"}
+        yield server
+
+
+@pytest.fixture
+def node(tmp_path: Path, hub: SmallHub) -> Node:
+    return Node(tmp_path, hub)
+
+
+def flip(content: bytes) -> bytes:
+    return content[:1000] + bytes([content[1000] ^ 1]) + content[1001:]
+
+
+def test_a_clean_download_holds_the_listed_files_and_nothing_else(node: Node) -> None:
+    assert "complete: 6 files" in node.ok()
+    content = node.content()
+    marker = json.loads(content.pop(".glm-manifest.json"))
+    assert content == model()
+    assert marker == Hub(node.hub.endpoint).manifest(REPO, REVISION)
+    assert node.names() == {REVISION}
+
+
+def test_the_command_line_is_the_documented_one(node: Node) -> None:
+    token = node.path / "hf-token"
+    token.write_text(TOKEN + "\n")
+    node.hub.need_token = True
+    node.ok(token_file=str(token), environment={"HTTPS_PROXY": "http://proxy"})
+    (argv,) = node.docker_runs()
+    line = " ".join(argv)
+    assert "run --rm --name glm-weights --pull never --network host" in line
+    assert f"--env HF_ENDPOINT={node.hub.endpoint}" in line
+    assert "--env HF_XET_HIGH_PERFORMANCE=1" in line
+    assert "--env HTTPS_PROXY=http://proxy" in line
+    assert f"--entrypoint hf vllm/vllm-openai@sha256:{'a' * 64} download {REPO}" in line
+    assert argv[-4:] == ["--revision", REVISION, "--local-dir", "/weights"]
+    assert TOKEN not in node.docker_log.read_text()
+
+
+def test_a_complete_revision_is_checked_without_the_hub(node: Node) -> None:
+    node.ok()
+    node.configure()
+    node.hub.faults["/resolve/"] = (503, {}, 99)
+    assert "6 files checked again, 0 replaced" in node.ok()
+    assert len(node.docker_runs()) == 1
+
+
+def test_resume_downloads_only_what_is_missing(node: Node) -> None:
+    node.environment["DOCKER_SLOW"] = "0.7"
+    process = node.start()
+    deadline = time.monotonic() + 20
+    partial = node.models / f"{REVISION}.partial"
+    while not list(partial.glob("*.*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 143, err
+    assert "glm: error" not in err
+    assert partial.is_dir()
+    assert not (node.models / REVISION).exists()
+    time.sleep(1)  # This docker's container lives on for a moment.
+    there = {path.name for path in partial.iterdir() if path.is_file()}
+    assert there
+    before = dict(node.hub.downloads)
+    node.environment["DOCKER_SLOW"] = "0"
+    node.ok()
+    assert all(node.hub.downloads[name] == before[name] for name in there)
+
+
+def test_leftovers_of_a_killed_client_do_not_pile_up(node: Node) -> None:
+    cache = node.models / f"{REVISION}.partial" / ".cache" / "huggingface" / "download"
+    cache.mkdir(parents=True)
+    (cache / "abc.etag.0123abcd.incomplete").write_bytes(b"x" * 5000)
+    (cache / "abc.etag.incomplete").write_bytes(b"an older client goes on from this")
+    node.environment["DOCKER_SAYS"] = "1 Error: no"
+    node.error()
+    assert [path.name for path in cache.iterdir()] == ["abc.etag.incomplete"]
+
+
+def test_a_truncated_shard_left_by_a_crash_is_replaced(node: Node) -> None:
+    partial = node.models / f"{REVISION}.partial"
+    partial.mkdir(parents=True)
+    (partial / SHARDS[1]).write_bytes(model()[SHARDS[1]][:777])
+    (partial / SHARDS[0]).write_bytes(model()[SHARDS[0]])
+    node.ok()
+    assert node.content()[SHARDS[1]] == model()[SHARDS[1]]
+    assert node.hub.downloads[SHARDS[0]] == 0
+
+
+def test_a_shard_that_the_hub_truncates(node: Node) -> None:
+    node.hub.served[SHARDS[1]] = model()[SHARDS[1]][:-3]
+    message = node.error()
+    assert f"{SHARDS[1]}: expected 200000 bytes, found 199997" in message
+    assert "nothing was put into service" in message
+    assert node.hub.downloads[SHARDS[1]] == 2
+    assert node.hub.downloads[SHARDS[0]] == 1
+    assert node.names() == {f"{REVISION}.partial"}
+
+
+def test_a_flipped_byte_at_the_same_size(node: Node) -> None:
+    node.ok()
+    node.hub.revisions[SECOND][SHARDS[2]] = b"other weights" * 10_000
+    good = node.hub.revisions[SECOND][SHARDS[2]]
+    node.hub.served[SHARDS[2]] = flip(good)
+    message = node.error(SECOND)
+    assert f"{SHARDS[2]}: expected sha256 " in message
+    assert ", found sha256 " in message
+    assert node.names() == {REVISION, f"{SECOND}.partial"}
+    # The hub is mended: only the bad file is downloaded again.
+    node.hub.served.clear()
+    before = sum(node.hub.downloads.values())
+    node.ok(SECOND)
+    assert sum(node.hub.downloads.values()) == before + 1
+    assert node.content(SECOND)[SHARDS[2]] == good
+
+
+def test_a_byte_that_flips_once_is_healed(node: Node) -> None:
+    partial = node.models / f"{REVISION}.partial"
+    partial.mkdir(parents=True)
+    (partial / SHARDS[0]).write_bytes(flip(model()[SHARDS[0]]))
+    assert "downloading it once more" in node.ok()
+    assert node.content()[SHARDS[0]] == model()[SHARDS[0]]
+
+
+def test_damage_at_rest_is_repaired_in_place(node: Node) -> None:
+    node.ok()
+    shard = node.models / REVISION / SHARDS[0]
+    other = (node.models / REVISION / SHARDS[1]).stat().st_ino
+    engine = shard.open("rb")
+    shard.chmod(0o644)
+    shard.write_bytes(flip(model()[SHARDS[0]]))
+    assert "6 files checked again, 1 replaced" in node.ok()
+    assert node.content()[SHARDS[0]] == model()[SHARDS[0]]
+    assert (node.models / REVISION / SHARDS[1]).stat().st_ino == other
+    assert sum(node.hub.downloads.values()) == 7
+    assert len(engine.read()) == 200_000
+    engine.close()
+    assert node.names() == {REVISION}
+
+
+def test_damage_that_cannot_be_repaired_is_no_longer_complete(node: Node) -> None:
+    node.ok()
+    (node.models / REVISION / SHARDS[0]).write_bytes(b"short")
+    node.hub.served[SHARDS[0]] = flip(model()[SHARDS[0]])
+    assert SHARDS[0] in node.error()
+    assert not (node.models / REVISION / ".glm-manifest.json").exists()
+    node.hub.served.clear()
+    node.ok()
+    assert (node.models / REVISION / ".glm-manifest.json").exists()
+
+
+def test_files_of_an_earlier_revision_are_linked(node: Node) -> None:
+    node.ok()
+    assert "earlier revision" in node.ok(SECOND)
+    assert node.hub.downloads["README.md"] == 2
+    assert all(node.hub.downloads[shard] == 1 for shard in SHARDS)
+    assert node.content(SECOND)["README.md"] == b"# Second\n"
+    assert node.content()["README.md"] == b"# GLM\n"
+    assert (node.models / REVISION / SHARDS[0]).samefile(node.models / SECOND / SHARDS[0])
+
+
+def test_a_damaged_earlier_revision_is_no_seed(node: Node) -> None:
+    node.ok()
+    (node.models / REVISION / SHARDS[0]).write_bytes(flip(model()[SHARDS[0]]))
+    node.ok(SECOND)
+    assert node.content(SECOND)[SHARDS[0]] == model()[SHARDS[0]]
+    assert node.hub.downloads[SHARDS[0]] == 2
+
+
+def test_old_revisions_are_removed_but_not_one_in_use(node: Node) -> None:
+    (node.models / "notes").mkdir(parents=True)
+    node.ok()
+    node.releases[0].mkdir()
+    (node.releases[0] / "release.json").write_text(json.dumps({"model": {"revision": REVISION}}))
+    node.ok(SECOND)
+    node.ok(THIRD, keep=1)
+    assert node.names() == {REVISION, THIRD, "notes"}
+
+
+def test_a_download_that_was_given_up_is_removed_after_the_next(node: Node) -> None:
+    (node.models / f"{SECOND}.partial").mkdir(parents=True)
+    node.ok()
+    assert node.names() == {REVISION}
+
+
+def test_files_that_the_revision_does_not_list_are_removed(node: Node) -> None:
+    partial = node.models / f"{REVISION}.partial"
+    (partial / "figures").mkdir(parents=True)
+    (partial / "figures" / "old.png").write_bytes(b"x")
+    node.ok()
+    assert not (node.models / REVISION / "figures").exists()
+    assert not (node.models / REVISION / ".cache").exists()
+
+
+def test_an_index_with_a_shard_that_is_not_listed(node: Node) -> None:
+    del node.hub.revisions[SECOND][SHARDS[2]]
+    message = node.error(SECOND)
+    assert f"names 1 shards that the hub does not list, first {SHARDS[2]}" in message
+    assert SECOND not in node.names()
+
+
+def test_unauthorized_is_final(node: Node) -> None:
+    node.hub.need_token = True
+    message = node.error()
+    assert "answers 401" in message
+    assert "set glm_hf_token_file" in message
+    assert len(node.docker_runs()) == 1
+
+
+def test_a_vanished_revision_is_named(node: Node) -> None:
+    node.hub.faults["/resolve/"] = (404, {}, 99)
+    message = node.error()
+    assert f"answers 404 for README.md of {REPO} at revision {REVISION}" in message
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_hub_in_trouble_is_tried_again(node: Node, status: int) -> None:
+    node.hub.faults["/resolve/"] = (status, {}, 2)
+    node.ok()
+
+
+def test_a_hub_that_stays_in_trouble(node: Node) -> None:
+    node.hub.faults[SHARDS[0]] = (503, {}, 99)
+    message = node.error()
+    assert f"of 6 files could not be downloaded, first {SHARDS[0]}: the hub at" in message
+    assert "answers 503" in message
+    # One run ends with files more, two without.
+    assert len(node.docker_runs()) == 2
+
+
+def test_a_hub_that_asks_to_wait_for_long(node: Node) -> None:
+    node.hub.faults["/resolve/"] = (429, {"Retry-After": "1800"}, 99)
+    assert "answers 429 (too many requests): try again in 30 min" in node.error()
+
+
+def test_unreachable_hub(node: Node) -> None:
+    message = node.error(endpoint="http://127.0.0.1:9")
+    assert "the hub at http://127.0.0.1:9 cannot be reached" in message
+
+
+@pytest.mark.parametrize(
+    ("says", "expected"),
+    [
+        ("125 docker: Error response from daemon: No such image: vllm", "is not on this node"),
+        ('127 docker: OCI runtime create failed: exec: "hf": not found', "has no `hf` client"),
+        ("1 OSError: [Errno 28] No space left on device", "no space left"),
+        (
+            "1 OSError: Consistency check failed: file should be of size 9 but has size 7 (x)",
+            "of size 9 but has size 7",
+        ),
+        ("137 Killed", "Killed"),
+    ],
+)
+def test_what_the_client_says_becomes_one_line(node: Node, says: str, expected: str) -> None:
+    node.environment["DOCKER_SAYS"] = says
+    assert expected in node.error()
+
+
+def test_a_full_disk_is_told_before_the_download(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load()
+    config = module.Config.read(node.configure())
+    config.partial.mkdir(parents=True)
+    usage = module.shutil.disk_usage(node.path)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _path: usage._replace(free=1000))
+    with pytest.raises(module.Failure, match=r"no space left .* needed, 1\.0 kB free .*glm_data_dir"):
+        module.make_complete(config, module.threading.Event())
+    assert not node.docker_log.exists()
+
+
+def test_two_at_once_are_refused(node: Node) -> None:
+    node.models.mkdir()
+    lock = os.open(node.models, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert "another weights-fetch" in node.error()
+    os.close(lock)
+
+
+def test_an_unreadable_configuration(node: Node) -> None:
+    path = node.path / "bad.json"
+    path.write_text("{")
+    result = subprocess.run([sys.executable, PROGRAM, path], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("glm: error: ")
+
+
+def test_progress_goes_to_systemd(node: Node) -> None:
+    address = str(node.path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(address)
+        node.environment.update(NOTIFY_SOCKET=address, DOCKER_SLOW="0.6")
+        node.ok()
+        sock.settimeout(0)
+        said = []
+        while True:
+            try:
+                said.append(sock.recv(4096).decode())
+            except BlockingIOError:
+                break
+    assert any(line.startswith("STATUS=downloading ") and "of 600." in line for line in said)
+    assert said[-1].startswith("STATUS=complete: 6 files")
+
+
+def test_the_meter_tells_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load()
+    said: list[str] = []
+    monkeypatch.setattr(module, "notify", said.append)
+    meter = module.Meter("downloading", 755_600_000_000)
+    for second in range(0, 61, 2):
+        meter.report(second * 512_000_000, "3 of 152 files", now=100.0 + second)
+    assert said[-1] == "downloading 30.7 GB of 755.6 GB, 512.0 MB/s, ETA 24 min, 3 of 152 files"
