@@ -1,0 +1,101 @@
+"""Callback: how many round trips each node cost, and what the controller spent on them."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import tempfile
+import time
+from typing import Any
+
+from ansible.executor.task_executor import TaskExecutor
+from ansible.plugins.callback import CallbackBase
+from ansible.plugins.connection import ssh
+
+DOCUMENTATION = r"""
+name: round_trips
+type: aggregate
+short_description: Counts the ssh processes that a playbook starts per node
+description:
+  - Each ssh, scp or sftp process is one round trip, retries included. Local connections count nothing.
+  - Ends with a table; with C(-v) also the tasks of the node that cost most.
+options:
+  json_path:
+    description: File for the figures as JSON.
+    type: path
+    env: [{name: ROUND_TRIPS_JSON}]
+    ini: [{section: callback_round_trips, key: json_path}]
+requirements: [enable it in callbacks_enabled]
+"""
+
+
+def count_ssh_processes(log: str) -> None:
+    """Has each worker add a line to `log` per process; workers are forks, so they inherit the wrappers."""
+    current = {"host": "", "task": ""}
+    run_task, start_process = TaskExecutor.run, ssh.Connection._bare_run
+
+    def run(self: Any) -> Any:
+        current.update(host=str(self._task.delegate_to or self._host.name), task=self._task.get_name())
+        return run_task(self)
+
+    def bare_run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        line = json.dumps([current["host"], current["task"]]) + "\n"
+        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(descriptor, line.encode())  # one short write to the end of a file is not torn apart
+        finally:
+            os.close(descriptor)
+        return start_process(self, *args, **kwargs)
+
+    TaskExecutor.run, ssh.Connection._bare_run = run, bare_run
+
+
+def summarise(lines: list[str]) -> dict[str, dict[str, Any]]:
+    tasks: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for line in lines:
+        host, task = json.loads(line)
+        tasks[host][task] += 1
+    return {host: {"round_trips": sum(counts.values()), "tasks": dict(counts.most_common())}
+            for host, counts in sorted(tasks.items())}
+
+
+def cpu_seconds() -> float:
+    return sum(os.times()[:4])  # this process and its children, in user and system mode
+
+
+class CallbackModule(CallbackBase):  # type: ignore[misc]
+    """Prints and saves the count at the end of the playbook."""
+
+    CALLBACK_VERSION = 2.0
+    CALLBACK_TYPE = "aggregate"
+    CALLBACK_NAME = "round_trips"
+    CALLBACK_NEEDS_ENABLED = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.begin, self.cpu_begin = time.monotonic(), cpu_seconds()
+        descriptor, self.log = tempfile.mkstemp(prefix="round_trips.")
+        os.close(descriptor)
+        count_ssh_processes(self.log)
+
+    def v2_playbook_on_stats(self, stats: Any) -> None:
+        with open(self.log) as file:
+            hosts = summarise(file.readlines())
+        os.unlink(self.log)
+        wall, cpu = round(time.monotonic() - self.begin, 1), round(cpu_seconds() - self.cpu_begin, 1)
+        width = max([len(host) for host in hosts] + [4])
+        self._display.banner("ROUND TRIPS")
+        self._display.display(f"{'node':{width}}  round trips")
+        for host, figures in hosts.items():
+            self._display.display(f"{host:{width}}  {figures['round_trips']:11}")
+        self._display.display(f"{wall} s on the wall, {cpu} s of the controller's CPU")
+        if hosts and self._display.verbosity:
+            costliest = max(hosts, key=lambda host: int(hosts[host]["round_trips"]))
+            for task, count in hosts[costliest]["tasks"].items():
+                self._display.display(f"{costliest}  {count:4}  {task}")
+        path = self.get_option("json_path")
+        if path:
+            with open(path, "w") as file:
+                json.dump({**hosts, "wall_s": wall, "controller_cpu_s": cpu}, file, indent=2)
+                file.write("\n")
