@@ -1,0 +1,518 @@
+#!/usr/bin/python
+"""Ansible module: ask an endpoint everything that tells whether it serves what it should."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import http.client
+import json
+import re
+import secrets
+import socket
+import ssl
+import subprocess
+import time
+from typing import Any, Callable, Iterator
+from urllib.parse import urlsplit
+
+from ansible.module_utils.basic import AnsibleModule
+
+DOCUMENTATION = r"""
+module: verify_endpoint
+short_description: Check that a node serves the right model, with right answers, behind a guarded edge
+description:
+  - Makes all checks in one round trip, beside one another, and returns each with what it saw. Nothing is tried twice.
+  - Requests go through the edge with the key, as a client's do; the temperature is 0.
+  - A failed check is a result, not a failure of the module. Changes nothing.
+options:
+  url: {description: The edge as seen on the node; TLS is not verified for the node's own addresses., type: str, required: true}
+  engine_url: {description: The engine behind the edge., type: str, required: true}
+  model: {description: Served model name., type: str, required: true}
+  auth: {description: Whether the edge asks for keys., type: str, choices: [keys, none], default: keys}
+  api_key: {description: A key that the edge takes., type: str, default: ""}
+  questions: {description: 'What to ask and what to expect, as in C(roles/verify/files/questions.yml).', type: dict, required: true}
+  metrics: {description: Metric names that the engine must report., type: list, elements: str, default: []}
+  cached_tokens_metric: {description: Counter of prompt tokens found in the prefix cache., type: str, default: ""}
+  refused_paths: {description: Paths that the edge must refuse., type: list, elements: str, default: [/tokenize, /invocations]}
+  unit: {description: The engine's systemd unit., type: str, default: glm-engine.service}
+  container: {description: The engine's container., type: str, default: glm-engine}
+  image_digest: {description: 'Digest (C(sha256:...)) that the container must run.', type: str, required: true}
+  gpu_count: {description: GPUs that the container must see., type: int, required: true}
+  timeout: {description: Seconds for one check., type: int, default: 120}
+author: glm-fleet
+"""
+
+EXAMPLES = r"""
+- name: Ask the endpoint
+  verify_endpoint:
+    url: http://127.0.0.1:8000
+    engine_url: http://127.0.0.1:8001
+    model: glm-5.2-fp8
+    api_key: "{{ key }}"
+    questions: "{{ lookup('ansible.builtin.file', 'questions.yml') | from_yaml }}"
+    image_digest: "{{ digest }}"
+    gpu_count: 8
+"""
+
+RETURN = r"""
+ok: {description: Whether every check is., type: bool, returned: always}
+checks:
+  description: Each check with its name, whether it is ok, what it saw in one line, and its seconds.
+  type: list
+  elements: dict
+  returned: always
+"""
+
+MIN_STREAM_SPREAD = 0.001  # seconds between first and last token; a buffered answer arrives faster than any engine speaks
+REFUSALS = (401, 403, 404)
+
+
+class Wrong(Exception):
+    """A check failed; its text says what was seen and what was wanted."""
+
+
+class Response:
+    """Status and body of an answer, with the time at which each line of a stream came."""
+
+    def __init__(self, status: int, body: bytes, lines: list[tuple[float, str]]) -> None:
+        self.status, self.body, self.lines = status, body, lines
+
+    def json(self) -> dict[str, Any]:
+        try:
+            value = json.loads(self.body)
+        except ValueError:
+            raise Wrong(f"HTTP {self.status}, not JSON: {shorten(self.body.decode(errors='replace'))}") from None
+        if not isinstance(value, dict):
+            raise Wrong(f"HTTP {self.status}, not an object: {shorten(self.body.decode(errors='replace'))}")
+        return value
+
+    def events(self) -> Iterator[tuple[float, dict[str, Any]]]:
+        """The JSON events of a stream of server-sent events."""
+        for moment, line in self.lines:
+            data = line[5:].strip() if line.startswith("data:") else ""
+            if data and data != "[DONE]":
+                try:
+                    yield moment, json.loads(data)
+                except ValueError:
+                    raise Wrong(f"an event of the stream is not JSON: {shorten(data)}") from None
+
+
+class Server:
+    """One HTTP server; each request has a connection of its own."""
+
+    def __init__(self, url: str, timeout: float) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{url!r} is not an http or https address")
+        self.host, self.tls, self.timeout = parts.hostname, parts.scheme == "https", timeout
+        self.port = parts.port or (443 if self.tls else 80)
+
+    def _connect(self) -> http.client.HTTPConnection:
+        if not self.tls:
+            return http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
+        context = ssl.create_default_context()
+        if is_own_address(self.host):  # the certificate is for the name that clients use
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        return http.client.HTTPSConnection(self.host, self.port, timeout=self.timeout, context=context)
+
+    def request(self, method: str, path: str, body: dict[str, Any] | None = None,
+                headers: dict[str, str] | None = None) -> Response:
+        deadline = time.monotonic() + self.timeout
+        connection = self._connect()
+        try:
+            data = json.dumps(body).encode() if body is not None else None
+            connection.request(method, path, data, {"Content-Type": "application/json", **(headers or {})})
+            answer = connection.getresponse()
+            content, rest, lines = b"", b"", []
+            while part := answer.read1(65536):
+                if time.monotonic() > deadline:
+                    raise Wrong(f"{path} was still answering after {self.timeout:.0f} s")
+                content += part
+                *whole, rest = (rest + part).split(b"\n")
+                lines += [(time.monotonic(), line.decode(errors="replace").strip()) for line in whole]
+            if rest:
+                lines.append((time.monotonic(), rest.decode(errors="replace").strip()))
+            return Response(answer.status, content, lines)
+        except TimeoutError:
+            raise Wrong(f"no answer from {path} within {self.timeout:.0f} s") from None
+        except (OSError, http.client.HTTPException) as problem:
+            raise Wrong(f"{path} of {self.host}:{self.port}: {problem or type(problem).__name__}") from None
+        finally:
+            connection.close()
+
+
+class Verification:
+    """The checks; each returns what it saw, or raises Wrong."""
+
+    def __init__(self, params: dict[str, Any]) -> None:
+        self.params = params
+        self.questions: dict[str, Any] = params["questions"]
+        self.edge = Server(params["url"], params["timeout"])
+        self.engine = Server(params["engine_url"], params["timeout"])
+        self.code = str(1000 + secrets.randbelow(9000))
+        self.keys = {"Authorization": f"Bearer {params['api_key']}"} if params["auth"] == "keys" else {}
+
+    def run(self) -> list[dict[str, Any]]:
+        guarded = [["missing_key_refused"], ["wrong_key_refused"]] if self.params["auth"] == "keys" else []
+        chains = [
+            ["health"], ["models_list"], ["exact_reply"], ["sum"], ["find_fact", "second_turn"], ["streaming"],
+            ["thinking"], ["tool_call"], ["messages"], ["messages_stream"], ["count_tokens"], *guarded,
+            ["unlisted_path_refused"], ["metrics_inside"], ["metrics_outside"], ["image_digest"], ["unit_state"],
+            ["gpus_in_container"],
+        ]
+        with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
+            return [result for results in pool.map(self._chain, chains) for result in results]
+
+    def _chain(self, names: list[str]) -> list[dict[str, Any]]:
+        return [self._one(name, getattr(self, f"check_{name}")) for name in names]
+
+    @staticmethod
+    def _one(name: str, check: Callable[[], str]) -> dict[str, Any]:
+        begin = time.monotonic()
+        try:
+            ok, detail = True, check()
+        except Wrong as problem:
+            ok, detail = False, str(problem)
+        except (LookupError, TypeError, AttributeError, ValueError) as problem:  # an answer of another shape
+            ok, detail = False, f"the answer has an unexpected shape ({type(problem).__name__}: {problem})"
+        return {"name": name, "ok": ok, "detail": shorten(detail, 300), "seconds": round(time.monotonic() - begin, 3)}
+
+    # --- what is served ---
+
+    def check_health(self) -> str:
+        answer = self.edge.request("GET", "/health")
+        need(answer, 200)
+        return "HTTP 200 without a key"
+
+    def check_models_list(self) -> str:
+        answer = self.edge.request("GET", "/v1/models", headers=self.keys)
+        need(answer, 200)
+        names = [model["id"] for model in answer.json()["data"]]
+        if self.params["model"] not in names:
+            raise Wrong(f"served are {', '.join(names) or 'no models'}, wanted {self.params['model']}")
+        return f"served: {', '.join(names)}"
+
+    def check_exact_reply(self) -> str:
+        return self._question("exact_reply")
+
+    def check_sum(self) -> str:
+        return self._question("sum")
+
+    def check_find_fact(self) -> str:
+        prompt_tokens = []
+        seen = self._question("find_fact", self._find_fact_prompt(), prompt_tokens)
+        return f"{seen}, the fact was in {prompt_tokens[0]} prompt tokens"
+
+    def check_second_turn(self) -> str:
+        """Told, not judged: whether the conversation's first turn was in the prefix cache."""
+        turns = [{"role": "user", "content": self._find_fact_prompt()}, {"role": "assistant", "content": self.code},
+                 {"role": "user", "content": self.questions["exact_reply"]["prompt"]}]
+        before = self._cached_tokens()
+        answer = self._chat(self.questions["exact_reply"], turns, max_tokens=16)
+        usage = answer["usage"]
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        if cached is None and before is not None:
+            cached = int((self._cached_tokens() or before) - before)
+        told = "cached tokens are not reported" if cached is None else f"{cached} of them from the prefix cache"
+        return f"answered; {usage['prompt_tokens']} prompt tokens, {told}"
+
+    def check_streaming(self) -> str:
+        question = self.questions["streaming"]
+        begin = time.monotonic()
+        answer = self.edge.request("POST", "/v1/chat/completions", {
+            **self._chat_body(question, [{"role": "user", "content": question["prompt"]}], 256),
+            "stream": True, "stream_options": {"include_usage": True}}, self.keys)
+        need(answer, 200)
+        events = list(answer.events())
+        tokens = [(moment, event["choices"][0]["delta"]["content"]) for moment, event in events
+                  if event.get("choices") and event["choices"][0]["delta"].get("content")]
+        self._expect(question, "".join(text for _, text in tokens))
+        if len(tokens) < 2:
+            raise Wrong(f"the whole answer came in {len(tokens)} chunk")
+        first, last = tokens[0][0] - begin, tokens[-1][0] - begin
+        if last - first < MIN_STREAM_SPREAD:
+            raise Wrong(f"{len(tokens)} chunks came all at once after {first:.2f} s: something between buffers them")
+        usage = events[-1][1].get("usage")
+        if not usage or not usage.get("completion_tokens"):
+            raise Wrong("the last event of the stream holds no usage")
+        if not any(line == "data: [DONE]" for _, line in answer.lines[-3:]):
+            raise Wrong("the stream ends without [DONE]")
+        return (f"{len(tokens)} chunks, the first after {first:.2f} s, the last after {last:.2f} s, "
+                f"usage at the end: {usage['completion_tokens']} tokens")
+
+    def check_thinking(self) -> str:
+        question = self.questions["thinking"]
+        message = self._chat(question, max_tokens=2048)["choices"][0]["message"]
+        field = next((name for name in ("reasoning_content", "reasoning") if message.get(name)), None)
+        content = (message.get("content") or "").strip()
+        if "<think>" in content or "</think>" in content:
+            raise Wrong(f"the thinking is within the answer: {shorten(content)!r}")
+        if field is None:
+            raise Wrong(f"no reasoning beside the answer {shorten(content)!r}")
+        self._expect(question, content)
+        return f"{len(message[field])} characters in `{field}`, answer {content!r}"
+
+    def check_tool_call(self) -> str:
+        question = self.questions["tool_call"]
+        choice = self._chat(question, max_tokens=512, tools=[{"type": "function", "function": question["tool"]}],
+                            tool_choice="auto")["choices"][0]
+        calls = choice["message"].get("tool_calls") or []
+        if len(calls) != 1:
+            raise Wrong(f"{len(calls)} tool calls, text {shorten(choice['message'].get('content') or '')!r}")
+        function = calls[0]["function"]
+        seen = f"{function['name']}({shorten(function['arguments'])})"
+        try:
+            right = json.loads(function["arguments"]) == question["expect_arguments"]
+        except ValueError:
+            right = False
+        if not right or function["name"] != question["tool"]["name"]:
+            raise Wrong(f"{seen}, wanted {question['tool']['name']}({json.dumps(question['expect_arguments'])})")
+        if choice["finish_reason"] != "tool_calls":
+            raise Wrong(f"{seen}, but finish_reason is {choice['finish_reason']!r}")
+        return seen
+
+    def check_messages(self) -> str:
+        answer = self.edge.request("POST", "/v1/messages", self._messages_body(), self._anthropic_keys())
+        need(answer, 200)
+        body = answer.json()
+        self._expect_model(body)
+        text = "".join(block["text"] for block in body["content"] if block["type"] == "text")
+        self._expect(self.questions["messages"], text)
+        return f"{text.strip()!r}, stop_reason {body['stop_reason']}, {body['usage']['output_tokens']} output tokens"
+
+    def check_messages_stream(self) -> str:
+        answer = self.edge.request("POST", "/v1/messages", {**self._messages_body(), "stream": True},
+                                   self._anthropic_keys())
+        need(answer, 200)
+        events = [event for _, event in answer.events()]
+        kinds = [event["type"] for event in events]
+        if kinds[:1] != ["message_start"] or kinds[-1] != "message_stop":
+            raise Wrong(f"the stream goes from {(kinds or ['nothing'])[0]} to {(kinds or ['nothing'])[-1]}, "
+                        "wanted message_start to message_stop")
+        text = "".join(event["delta"].get("text") or "" for event in events if event["type"] == "content_block_delta")
+        self._expect(self.questions["messages"], text)
+        return f"{text.strip()!r} in {len(events)} events, message_start to message_stop"
+
+    def check_count_tokens(self) -> str:
+        body = {name: value for name, value in self._messages_body().items() if name in ("model", "messages")}
+        answer = self.edge.request("POST", "/v1/messages/count_tokens", body, self._anthropic_keys())
+        need(answer, 200)
+        count = answer.json().get("input_tokens")
+        if not isinstance(count, int) or count <= 0:
+            raise Wrong(f"input_tokens is {count!r}, wanted a positive number")
+        return f"{count} input tokens"
+
+    # --- what is refused ---
+
+    def check_missing_key_refused(self) -> str:
+        return self._all_refused([("GET", "/v1/models", {}), ("POST", "/v1/chat/completions", {})], (401,))
+
+    def check_wrong_key_refused(self) -> str:
+        key = f"sk-glm-{secrets.token_urlsafe(32)}"
+        return self._all_refused([("GET", "/v1/models", {"Authorization": f"Bearer {key}"}),
+                                  ("GET", "/v1/models", {"x-api-key": key}),
+                                  ("POST", "/v1/messages", {"x-api-key": key})], (401,))
+
+    def check_unlisted_path_refused(self) -> str:
+        """With the right key: only the list of paths stands between."""
+        return self._all_refused([("POST", path, self.keys) for path in self.params["refused_paths"]], REFUSALS)
+
+    def check_metrics_outside(self) -> str:
+        seen = self._all_refused([("GET", "/metrics", self.keys)], REFUSALS)
+        address = outward_address()
+        if address is None:
+            return f"edge: {seen}"
+        try:
+            socket.create_connection((address, self.engine.port), timeout=5).close()
+        except OSError:
+            return f"edge: {seen}; {address}:{self.engine.port} takes no connection"
+        raise Wrong(f"the engine's port {address}:{self.engine.port} is open to the network")
+
+    def _all_refused(self, requests: list[tuple[str, str, dict[str, str]]], wanted: tuple[int, ...]) -> str:
+        seen = []
+        for method, path, headers in requests:
+            status = self.edge.request(method, path, {} if method == "POST" else None, headers).status
+            seen.append(f"{path} HTTP {status}")
+            if status not in wanted:
+                raise Wrong(f"{seen[-1]} where it must be refused ({', '.join(map(str, wanted))})")
+        return ", ".join(dict.fromkeys(seen))
+
+    # --- what runs ---
+
+    def check_metrics_inside(self) -> str:
+        names = set(self._metrics())
+        missing = [name for name in self.params["metrics"] if name not in names]
+        if missing:
+            raise Wrong(f"the engine does not report {', '.join(missing)}")
+        return f"{len(self.params['metrics'])} of {len(self.params['metrics'])} wanted metrics, {len(names)} in all"
+
+    def check_image_digest(self) -> str:
+        container, wanted = self.params["container"], self.params["image_digest"]
+        image = command("docker", "inspect", "--type", "container", "--format", "{{.Image}}", container)
+        digests = json.loads(command("docker", "image", "inspect", "--format", "{{json .RepoDigests}}", image)) or []
+        if wanted not in [digest.rpartition("@")[2] for digest in digests]:
+            raise Wrong(f"{container} runs {', '.join(digests) or image}, wanted {wanted}")
+        return f"{container} runs {next(digest for digest in digests if digest.endswith(wanted))}"
+
+    def check_unit_state(self) -> str:
+        unit = self.params["unit"]
+        shown = command("systemctl", "show", unit, "--property=ActiveState,SubState,NRestarts,Result")
+        state = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
+        seen = f"{unit} is {state['ActiveState']} ({state['SubState']}), {state['NRestarts']} restarts"
+        if state["ActiveState"] != "active":
+            raise Wrong(f"{seen}, result {state['Result']}: journalctl -u {unit}")
+        return seen
+
+    def check_gpus_in_container(self) -> str:
+        listed = command("docker", "exec", self.params["container"], "nvidia-smi", "-L")
+        gpus = re.findall(r"^GPU \d+: (.*?)(?: \(UUID.*)?$", listed, re.MULTILINE)
+        seen = f"{len(gpus)} GPUs ({', '.join(sorted(set(gpus))) or 'none'})"
+        if len(gpus) != self.params["gpu_count"]:
+            raise Wrong(f"{seen}, wanted {self.params['gpu_count']}")
+        return seen
+
+    # --- helpers ---
+
+    def _question(self, name: str, prompt: str | None = None, prompt_tokens: list[int] | None = None) -> str:
+        question = self.questions[name]
+        answer = self._chat(question, [{"role": "user", "content": prompt or question["prompt"]}])
+        content = answer["choices"][0]["message"].get("content") or ""
+        if prompt_tokens is not None:
+            prompt_tokens.append(answer["usage"]["prompt_tokens"])
+        self._expect(question, content)
+        return f"answered {content.strip()!r}"
+
+    def _find_fact_prompt(self) -> str:
+        return find_fact_prompt(self.questions["find_fact"], self.code)
+
+    def _chat_body(self, question: dict[str, Any], messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
+        body = {"model": self.params["model"], "messages": messages, "temperature": 0, "max_tokens": max_tokens}
+        if not question.get("thinking", True):
+            body["chat_template_kwargs"] = {"enable_thinking": False}
+        return body
+
+    def _chat(self, question: dict[str, Any], messages: list[dict[str, str]] | None = None, max_tokens: int = 64,
+              **more: Any) -> dict[str, Any]:
+        messages = messages or [{"role": "user", "content": question["prompt"]}]
+        answer = self.edge.request("POST", "/v1/chat/completions",
+                                   {**self._chat_body(question, messages, max_tokens), **more}, self.keys)
+        need(answer, 200)
+        body = answer.json()
+        self._expect_model(body)
+        return body
+
+    def _messages_body(self) -> dict[str, Any]:
+        question = self.questions["messages"]
+        # Room for thinking: not every release lets this API turn it off.
+        return self._chat_body(question, [{"role": "user", "content": question["prompt"]}], 2048)
+
+    def _anthropic_keys(self) -> dict[str, str]:
+        key = {"x-api-key": self.params["api_key"]} if self.params["auth"] == "keys" else {}
+        return {"anthropic-version": "2023-06-01", **key}
+
+    def _expect(self, question: dict[str, Any], answer: str) -> None:
+        wanted = str(question["expect"]).replace("{code}", self.code)
+        if not re.fullmatch(wanted, answer.strip()):
+            raise Wrong(f"answered {shorten(answer.strip())!r}, wanted {wanted!r}")
+
+    def _expect_model(self, body: dict[str, Any]) -> None:
+        if body.get("model") != self.params["model"]:
+            raise Wrong(f"the answer is from the model {body.get('model')!r}, wanted {self.params['model']!r}")
+
+    def _metrics(self) -> dict[str, float]:
+        """Sum of each metric's samples; a family without a sample yet counts 0."""
+        answer = self.engine.request("GET", "/metrics")
+        need(answer, 200)
+        values: dict[str, float] = {}
+        for _, line in answer.lines:
+            if line.startswith("# TYPE "):
+                values.setdefault(line.split()[2], 0.0)
+            elif line and not line.startswith("#"):
+                name, _, value = re.sub(r"\{.*\}", "", line).partition(" ")
+                values[name] = values.get(name, 0.0) + float(value.split()[0])
+        return values
+
+    def _cached_tokens(self) -> float | None:
+        name = self.params["cached_tokens_metric"]
+        return self._metrics().get(name) if name else None
+
+
+def find_fact_prompt(question: dict[str, Any], code: str) -> str:
+    """Filler sentences with the fact in the middle, then the question."""
+    sentences = [question["filler"]] * question["repeat"]
+    sentences.insert(question["repeat"] // 2, question["fact"].replace("{code}", code))
+    return " ".join([*sentences, question["prompt"]])
+
+
+def need(answer: Response, status: int) -> None:
+    if answer.status != status:
+        raise Wrong(f"HTTP {answer.status}: {shorten(answer.body.decode(errors='replace'))}")
+
+
+def command(*argv: str) -> str:
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, errors="replace", check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as problem:
+        raise Wrong(f"{argv[0]}: {problem}") from None
+    if done.returncode:
+        raise Wrong(f"{' '.join(argv[:2])} failed: {shorten(done.stderr or done.stdout) or f'exit {done.returncode}'}")
+    return done.stdout.strip()
+
+
+def shorten(text: str, length: int = 160) -> str:
+    """One line of bounded length."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[:length - 1]}…"
+
+
+def is_own_address(host: str) -> bool:
+    """Whether this machine has the address: one can listen only on an address of one's own."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind((host, 0))
+    except OSError:
+        return False
+    return True
+
+
+def outward_address() -> str | None:
+    """The address from which this node reaches others; connecting a datagram socket sends nothing."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))
+            address = str(probe.getsockname()[0])
+    except OSError:
+        return None
+    return None if address.startswith("127.") else address
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "url": {"type": "str", "required": True},
+            "engine_url": {"type": "str", "required": True},
+            "model": {"type": "str", "required": True},
+            "auth": {"type": "str", "choices": ["keys", "none"], "default": "keys"},
+            "api_key": {"type": "str", "default": "", "no_log": True},
+            "questions": {"type": "dict", "required": True},
+            "metrics": {"type": "list", "elements": "str", "default": []},
+            "cached_tokens_metric": {"type": "str", "default": "", "no_log": False},
+            "refused_paths": {"type": "list", "elements": "str", "default": ["/tokenize", "/invocations"]},
+            "unit": {"type": "str", "default": "glm-engine.service"},
+            "container": {"type": "str", "default": "glm-engine"},
+            "image_digest": {"type": "str", "required": True},
+            "gpu_count": {"type": "int", "required": True},
+            "timeout": {"type": "int", "default": 120},
+        },
+        supports_check_mode=True,
+        no_log=True,  # the questions need not be in the journal
+    )
+    try:
+        checks = Verification(module.params).run()
+    except ValueError as problem:
+        module.fail_json(str(problem))
+    module.exit_json(changed=False, ok=all(check["ok"] for check in checks), checks=checks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,443 @@
+"""The edge's configuration: every variant is one that HAProxy takes, and a real HAProxy does what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+from ansible.plugins.filter.core import FilterModule
+
+ROOT = Path(__file__).resolve().parents[2]
+HAPROXY = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin") or ""
+KEY = "sk-glm-" + "k" * 43
+OTHER_KEY = "sk-glm-" + "o" * 43
+DEFAULTS: dict[str, Any] = {
+    "ansible_managed": "Ansible managed",
+    "gateway_bind_address": "*",
+    "gateway_port": 8000,
+    "gateway_auth": "keys",
+    "gateway_tls_certificate_file": "",
+    "gateway_max_connections": 512,
+    "gateway_client_timeout": "1h",
+    "gateway_server_timeout": "1h",
+    "gateway_servers": [{"name": "node1", "address": "127.0.0.1", "port": 8001}],
+    "__gateway_key_digests": [hashlib.sha256(KEY.encode()).hexdigest()],
+    "__gateway_certificate_digest": "",
+}
+THREE = [{"name": f"node{number}", "address": f"127.0.0.{number}", "port": 8001} for number in (1, 2, 3)]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "keys": {},
+    "open": {"gateway_auth": "none"},
+    "tls": {"gateway_tls_certificate_file": "x", "__gateway_certificate_digest": "0" * 64},
+    "several servers": {"gateway_servers": THREE},
+    "every address": {"gateway_bind_address": "::"},
+    "one address": {"gateway_bind_address": "127.0.0.1"},
+    "all at once": {"gateway_auth": "none", "gateway_tls_certificate_file": "x", "gateway_servers": THREE,
+                    "__gateway_certificate_digest": "0" * 64},
+}
+
+pytestmark = pytest.mark.skipif(not HAPROXY, reason="haproxy is not installed: apt-get install haproxy")
+
+
+def template(name: str, **variables: Any) -> str:
+    environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    environment.filters.update(FilterModule().filters())
+    return environment.from_string((ROOT / "templates" / name).read_text()).render({**DEFAULTS, **variables})
+
+
+def write_files(directory: Path, **changes: Any) -> Path:
+    """The files of a node below `directory`, for a HAProxy that stays the user it is."""
+    text = template("haproxy.cfg.j2", **changes)
+    for path in ("/etc/glm/gateway", "/run/haproxy", "/var/lib/haproxy/server-state", "/dev/log"):
+        assert path in text or path == "/etc/glm/gateway"
+        text = text.replace(path, f"{directory}/{Path(path).name}")
+    config = directory / "haproxy.cfg"
+    config.write_text("".join(line + "\n" for line in text.splitlines()
+                              if not line.strip().startswith(("user ", "group ", "chroot "))))
+    for name in ("gateway", "haproxy"):
+        (directory / name).mkdir(exist_ok=True)
+    (directory / "gateway/keys.map").write_text(template("gateway-keys.map.j2", **changes))
+    return config
+
+
+def make_certificate(path: Path) -> None:
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+                    "-days", "2", "-subj", "/CN=edge.example", "-keyout", path, "-out", f"{path}.crt"],
+                   check=True, capture_output=True)
+    path.write_text(Path(f"{path}.crt").read_text() + path.read_text())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_haproxy_takes_every_variant(tmp_path: Path, variant: str) -> None:
+    config = write_files(tmp_path, **VARIANTS[variant])
+    make_certificate(tmp_path / "gateway/tls.pem")
+    done = subprocess.run([HAPROXY, "-c", "-f", config], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # A first start has no state to read; nothing else is worth a warning.
+    warnings = [line for line in done.stderr.splitlines() if "[WARNING]" in line and "server state file" not in line]
+    assert warnings == []
+
+
+def test_variants_differ_where_they_should() -> None:
+    plain, several = template("haproxy.cfg.j2"), template("haproxy.cfg.j2", **VARIANTS["several servers"])
+    opened, tls = template("haproxy.cfg.j2", **VARIANTS["open"]), template("haproxy.cfg.j2", **VARIANTS["tls"])
+    assert "balance hash" in several and several.count("\n    server ") == 3
+    assert "balance" not in plain.replace("hash-balance", "") and plain.count("\n    server ") == 1
+    assert "deny_status 401" in plain and "deny_status 401" not in opened and "deny_status 403" in opened
+    assert " ssl crt " in tls and " ssl crt " not in plain
+
+
+def test_no_file_of_the_node_holds_a_key() -> None:
+    text = template("haproxy.cfg.j2") + template("gateway-keys.map.j2")
+    assert KEY not in text
+    assert hashlib.sha256(KEY.encode()).hexdigest().upper() in text
+
+
+def test_other_keys_make_another_configuration() -> None:
+    assert template("haproxy.cfg.j2") != template("haproxy.cfg.j2", __gateway_key_digests=["0" * 64])
+
+
+# --- a real HAProxy in front of an engine ---
+
+
+class Engine(ThreadingHTTPServer):
+    """Answers as an engine does, and remembers what it was asked."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), EngineHandler)
+        self.requests: list[tuple[str, str, dict[str, str], int]] = []
+        self.client_left = threading.Event()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def asked(self) -> list[tuple[str, str, dict[str, str], int]]:
+        return [request for request in self.requests if request[1] != "/health"]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that leaves is part of the tests."""
+
+
+class EngineHandler(BaseHTTPRequestHandler):
+    server: Engine
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: Any) -> None:
+        """Quiet."""
+
+    def do_GET(self) -> None:
+        size = len(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.server.requests.append((self.command, self.path, headers, size))
+        if self.path == "/v1/stream":
+            self.stream()
+        elif self.path == "/v1/slow":
+            self.slow()
+        else:
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+    do_POST = do_GET
+
+    def stream(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for number in range(5):
+            event = f"data: {number}\n\n".encode()
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
+            time.sleep(0.1)
+        self.wfile.write(b"0\r\n\r\n")
+
+    def slow(self) -> None:
+        """Reads the prompt for ten seconds, unless nobody waits any more."""
+        self.connection.settimeout(10)
+        with contextlib.suppress(ConnectionResetError):
+            assert self.connection.recv(1) == b""
+        self.server.client_left.set()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Edge:
+    """A running HAProxy and the engines behind it."""
+
+    def __init__(self, directory: Path, engines: int = 1, **changes: Any) -> None:
+        self.directory, self.port = directory, free_port()
+        self.engines = [Engine() for _ in range(engines)]
+        self.changes = {"gateway_bind_address": "127.0.0.1", "gateway_port": self.port, "gateway_servers": [
+            {"name": f"node{number}", "address": "127.0.0.1", "port": engine.server_port}
+            for number, engine in enumerate(self.engines)], **changes}
+        config = write_files(directory, **self.changes)
+        if self.changes.get("gateway_tls_certificate_file"):
+            make_certificate(directory / "gateway/tls.pem")
+        self.logs = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.logs.bind(str(directory / "log"))
+        self.logs.settimeout(2)
+        self.process = subprocess.Popen([HAPROXY, "-W", "-f", config], stdout=subprocess.DEVNULL,
+                                        stderr=(directory / "stderr").open("w"))
+        wait_until(lambda: self.admin("show info") != "", "HAProxy to answer")
+
+    @property
+    def engine(self) -> Engine:
+        return self.engines[0]
+
+    def admin(self, command: str) -> str:
+        try:
+            return str(RELOAD.ask(command, str(self.directory / "haproxy/admin.sock")))
+        except OSError:
+            return ""
+
+    def connect(self, timeout: float = 10) -> http.client.HTTPConnection:
+        if self.changes.get("gateway_tls_certificate_file"):
+            context = ssl._create_unverified_context()  # noqa: S323  a certificate of this test's own
+            return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=timeout, context=context)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+
+    def ask(self, path: str, headers: dict[str, str] | None = None, body: bytes | None = None,
+            method: str | None = None) -> tuple[int, dict[str, Any], http.client.HTTPMessage]:
+        connection = self.connect()
+        connection.request(method or ("POST" if body is not None else "GET"), path, body, headers or {})
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        return answer.status, json.loads(content or b"{}"), answer.headers
+
+    def log_lines(self, holding: str) -> str:
+        """Everything logged up to a line that holds the text."""
+        seen = ""
+        while holding not in seen:
+            seen += self.logs.recv(65536).decode() + "\n"
+        return seen
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(10)
+        for engine in self.engines:
+            engine.shutdown()
+            engine.server_close()
+        self.logs.close()
+
+
+def load_program() -> Any:
+    spec = importlib.util.spec_from_file_location("gateway_reload", ROOT / "roles/gateway/files/gateway-reload.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+RELOAD = load_program()
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Edge]]:
+    edges: list[Edge] = []
+
+    def start_edge(**options: Any) -> Edge:
+        edges.append(Edge(tmp_path, **options))
+        return edges[-1]
+
+    yield start_edge
+    for edge in edges:
+        edge.stop()
+
+
+@pytest.fixture
+def edge(start: Callable[..., Edge]) -> Edge:
+    return start()
+
+
+@pytest.mark.parametrize("headers", [
+    {"Authorization": f"Bearer {KEY}"}, {"authorization": f"bearer  {KEY}"}, {"x-api-key": KEY},
+    {"x-api-key": "dummy", "Authorization": f"Bearer {KEY}"},
+])
+def test_a_known_key_is_let_through_and_taken_off(edge: Edge, headers: dict[str, str]) -> None:
+    assert edge.ask("/v1/models", headers)[0] == 200
+    (_, path, seen, _), = edge.engine.asked()
+    assert path == "/v1/models"
+    assert KEY not in str(seen) and "authorization" not in seen and "x-api-key" not in seen
+    assert seen["x-forwarded-for"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("headers", [
+    {}, {"Authorization": f"Bearer {OTHER_KEY}"}, {"x-api-key": OTHER_KEY}, {"x-api-key": ""},
+    {"Authorization": f"Basic {KEY}"}, {"Authorization": KEY}, {"Authorization": "Bearer"},
+    {"x-api-key": hashlib.sha256(KEY.encode()).hexdigest().upper()}, {"x-api-key": KEY[:-1]},
+])
+def test_another_key_is_refused_as_both_apis_do(edge: Edge, headers: dict[str, str]) -> None:
+    status, body, answer = edge.ask("/v1/chat/completions", headers, b"{}")
+    assert status == 401
+    assert answer["Content-Type"] == "application/json" and answer["WWW-Authenticate"] == "Bearer"
+    assert body["type"] == "error"
+    assert body["error"]["code"] == "invalid_api_key" and body["error"]["type"] == "authentication_error"
+    assert edge.engine.asked() == []
+
+
+@pytest.mark.parametrize("path", [
+    "/metrics", "/tokenize", "/invocations", "/", "/v1", "/v2/models", "/health/", "/v1/../metrics", "/v1/%2e%2e/metrics",
+    "/v1/%2E%2E%2Fmetrics", "//metrics", "/v1/..", "/load",
+])
+@pytest.mark.parametrize("auth", ["keys", "none"])
+def test_other_paths_are_refused_even_with_the_key(tmp_path: Path, start: Callable[..., Edge], path: str, auth: str) -> None:
+    edge = start(gateway_auth=auth)
+    status, body, _ = edge.ask(path, {"x-api-key": KEY})
+    assert (status, body["error"]["code"]) == (403, "path_not_allowed")
+    assert edge.engine.asked() == []
+
+
+def test_an_open_edge_asks_for_no_key(start: Callable[..., Edge]) -> None:
+    edge = start(gateway_auth="none")
+    assert edge.ask("/v1/models")[0] == 200
+    assert edge.ask("/v1/models", {"x-api-key": "dummy"})[0] == 200
+
+
+def test_health_needs_no_key_and_is_answered_by_the_edge(edge: Edge) -> None:
+    assert edge.ask("/health")[:2] == (200, {"status": "ok"})
+
+
+def test_an_engine_that_is_down_gives_503_with_a_time_to_come_back(start: Callable[..., Edge]) -> None:
+    edge = start()
+    edge.engine.shutdown()
+    edge.engine.server_close()
+    wait_until(lambda: edge.ask("/health")[0] == 503, "the health check to see it", 20)
+    status, body, answer = edge.ask("/v1/models", {"x-api-key": KEY})
+    assert (status, body["error"]["code"], answer["Retry-After"]) == (503, "engine_unavailable", "30")
+
+
+def test_a_stream_passes_as_it_comes(edge: Edge) -> None:
+    connection = edge.connect()
+    connection.request("POST", "/v1/stream", b"{}", {"x-api-key": KEY})
+    answer = connection.getresponse()
+    moments = []
+    while answer.read1(65536):
+        moments.append(time.monotonic())
+    assert len(moments) >= 5
+    assert moments[4] - moments[0] > 0.25
+
+
+def test_a_body_of_many_megabytes_passes(edge: Edge) -> None:
+    assert edge.ask("/v1/messages", {"x-api-key": KEY}, b"x" * (48 << 20))[0] == 200
+    assert edge.engine.asked()[0][3] == 48 << 20
+
+
+def test_a_client_that_leaves_frees_the_engine(edge: Edge) -> None:
+    connection = edge.connect()
+    connection.request("POST", "/v1/slow", b"{}", {"x-api-key": KEY})
+    wait_until(lambda: bool(edge.engine.asked()), "the engine to be asked")
+    connection.close()
+    assert edge.engine.client_left.wait(5)
+
+
+def test_no_log_holds_a_key_or_a_query(edge: Edge) -> None:
+    edge.ask(f"/v1/models?api_key={KEY}", {"Authorization": f"Bearer {KEY}"})
+    edge.ask("/v1/models", {"x-api-key": OTHER_KEY})
+    edge.ask("/v1/last", {"x-api-key": KEY})
+    seen = edge.log_lines("/v1/last")
+    assert KEY not in seen and OTHER_KEY not in seen and "api_key" not in seen
+    # Whose key it was can still be told.
+    assert f"key={hashlib.sha256(KEY.encode()).hexdigest()[:8]} GET /v1/models" in seen
+    assert KEY not in (edge.directory / "stderr").read_text()
+
+
+def test_tls(start: Callable[..., Edge]) -> None:
+    edge = start(gateway_tls_certificate_file="x", __gateway_certificate_digest="0" * 64)
+    assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 200
+    with pytest.raises((http.client.HTTPException, OSError)):
+        http.client.HTTPConnection("127.0.0.1", edge.port, timeout=5).request("GET", "/health")
+        plain = http.client.HTTPConnection("127.0.0.1", edge.port, timeout=5)
+        plain.request("GET", "/health")
+        plain.getresponse()
+
+
+@pytest.mark.parametrize("header", ["X-Claude-Code-Session-Id", "session-id", "x-session-id"])
+def test_a_session_stays_on_its_node_and_many_spread(start: Callable[..., Edge], header: str) -> None:
+    edge = start(engines=3)
+    for _ in range(3):
+        for session in range(30):
+            edge.ask(f"/v1/{session}", {"x-api-key": KEY, header: f"session-{session}"})
+    homes: dict[str, set[int]] = {}
+    for number, engine in enumerate(edge.engines):
+        for _, path, _, _ in engine.asked():
+            homes.setdefault(path, set()).add(number)
+    assert len(homes) == 30 and all(len(nodes) == 1 for nodes in homes.values())
+    assert set().union(*homes.values()) == {0, 1, 2}
+
+
+def test_a_reload_keeps_what_was_drained_and_takes_new_keys_without_a_cut(start: Callable[..., Edge]) -> None:
+    edge = start(engines=2)
+    edge.admin("set server engines/node1 state drain")
+    stream = edge.connect()
+    stream.request("POST", "/v1/stream", b"{}", {"x-api-key": KEY})
+    answer = stream.getresponse()
+    write_files(edge.directory, **edge.changes, __gateway_key_digests=[hashlib.sha256(OTHER_KEY.encode()).hexdigest()])
+    problem = RELOAD.reload(edge.process.pid, str(edge.directory / "haproxy/admin.sock"),
+                            str(edge.directory / "server-state"))
+    assert problem is None
+    assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 401
+    assert edge.ask("/v1/models", {"x-api-key": OTHER_KEY})[0] == 200
+    states = [line.split() for line in edge.admin("show servers state engines").splitlines() if "node" in line]
+    # Field 7 is the administrative state, whose bit 0x08 says "drained by the operator".
+    assert {line[3]: bool(int(line[6]) & 0x08) for line in states} == {"node0": False, "node1": True}
+    assert answer.read().count(b"data:") == 5
+
+
+def test_a_configuration_that_haproxy_refuses_leaves_the_old_one(edge: Edge) -> None:
+    config = edge.directory / "haproxy.cfg"
+    config.write_text(config.read_text().replace("default_backend engines", "default_backend nowhere"))
+    problem = RELOAD.reload(edge.process.pid, str(edge.directory / "haproxy/admin.sock"),
+                            str(edge.directory / "server-state"), timeout=2)
+    assert problem and "old configuration" in problem
+    assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 200
+
+
+def test_the_program_ends_with_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+                                        tmp_path: Path) -> None:
+    monkeypatch.setattr(RELOAD, "CONFIG", str(tmp_path / "absent"))
+    monkeypatch.setattr("sys.argv", ["gateway-reload", str(2**22 - 1)])
+    assert RELOAD.main() == 1
+    assert capsys.readouterr().err.startswith("glm: error: HAProxy was not reloaded")
+
+
+def test_the_unit_takes_our_settings(tmp_path: Path) -> None:
+    unit = next((path for base in ("/lib", "/usr/lib")
+                 if (path := Path(base, "systemd/system/haproxy.service")).exists()), None)
+    if unit is None or not shutil.which("systemd-analyze"):
+        pytest.skip("no haproxy.service or no systemd-analyze here")
+    lines = template("haproxy-glm.conf.j2").replace("/opt/glm/bin/gateway-reload", "/bin/true")
+    (tmp_path / "haproxy.service").write_text(unit.read_text() + lines)
+    done = subprocess.run(["systemd-analyze", "verify", tmp_path / "haproxy.service"], capture_output=True, text=True,
+                          check=False)
+    assert "haproxy.service" not in done.stderr.replace("Failed to create", ""), done.stderr
+    assert signal.SIGUSR2 == 12  # what the package's own reload sends
