@@ -134,13 +134,19 @@ def small_hub() -> Iterator[SmallHub]:
 
 # `docker run --entrypoint hf IMAGE download ...` and `docker rm`. With HF_CLIENT set the real client runs.
 DOCKER = r"""#!/usr/bin/env python3
-import json, os, pathlib, shutil, subprocess, sys, time, urllib.error, urllib.request, uuid
+import atexit, json, os, pathlib, shutil, subprocess, sys, time, urllib.error, urllib.request, uuid
 
 args = sys.argv[1:]
 with open(os.environ["DOCKER_LOG"], "a") as log:
     log.write(json.dumps(args) + "\n")
+pid = pathlib.Path(os.environ["DOCKER_LOG"] + ".pid")
 if args[0] == "rm":
+    command = pathlib.Path("/proc", pid.read_text(), "cmdline") if pid.exists() else pid
+    if command.exists() and "download" in command.read_text():
+        os.kill(int(pid.read_text()), 9)
     sys.exit(0)
+pid.write_text(str(os.getpid()))
+atexit.register(pid.unlink)
 environment, root, token = {}, "", ""
 while args[0] != "--entrypoint":
     option = args.pop(0)
@@ -161,7 +167,7 @@ if client := os.environ.get("HF_CLIENT"):
     if token:
         environment["HF_TOKEN_PATH"] = token
     argv = [client, command, repo, *files, "--revision", revision, "--local-dir", root]
-    sys.exit(subprocess.run(argv, env={**os.environ, **environment}).returncode)
+    os.execve(client, argv, {**os.environ, **environment})
 for name in files:
     request = urllib.request.Request(f"{environment['HF_ENDPOINT']}/{repo}/resolve/{revision}/{name}")
     if token:
