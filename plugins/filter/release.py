@@ -1,0 +1,203 @@
+"""Filters that make a release: what is wrong with its settings, its command line, its id, and what a node needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from ansible.errors import AnsibleFilterError
+
+UNIT = "glm-engine.service"
+Flags = list[list[str]]  # one list of words a flag
+
+
+def engine_image(engine: Mapping[str, Any], driver_branch: int | str) -> str:
+    """The image for a driver branch: that of the newest branch not above it."""
+    images = {int(branch): str(image) for branch, image in engine["images"].items()}
+    fitting = [branch for branch in images if branch <= int(driver_branch)]
+    if not fitting:
+        raise AnsibleFilterError(f"{engine['name']} has no image for driver {driver_branch}: "
+                                 f"it needs {min(images)} or newer")
+    return images[max(fitting)]
+
+
+def engine_problems(engine: Mapping[str, Any], profile: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the flags and the environment, one line each. `settings` is as for engine_flags."""
+    names = [str(name) for name in settings.get("served_model_names") or []]
+    extra_env = settings.get("extra_env") or {}
+    return (
+        _flag_problems(engine, profile.get("flags") or {}, "the profile")
+        + _flag_problems(engine, settings.get("extra_args") or {}, "glm_engine_extra_args")
+        + _name_problems(names)
+        + [f"glm_engine_extra_env: {name!r} is not a name of an environment variable"
+           for name in extra_env if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name))]
+        + [f"glm_engine_extra_env: the value of {name} holds a line break, which an environment file cannot"
+           for name, value in extra_env.items() if "\n" in str(value)]
+    )
+
+
+def engine_flags(engine: Mapping[str, Any], profile: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """The engine's arguments, in order.
+
+    `settings` holds model, served_model_names, host, port, shutdown_timeout and extra_args, whose flags replace the
+    profile's or are added; false takes one away.
+    """
+    return [word for words in _flags(engine, profile, settings) for word in words]
+
+
+def command_lines(arguments: list[str]) -> list[str]:
+    """Arguments quoted for a shell, one line a flag with its values."""
+    lines: Flags = []
+    for word in map(str, arguments):
+        if lines and not re.match(r"--?[A-Za-z]", word) and lines[-1][0].startswith("-"):
+            lines[-1].append(word)
+        else:
+            lines.append([word])
+    return [shlex.join(words) for words in lines]
+
+
+def release_id(parts: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits that stand for everything a node serves from."""
+    for name in ("image_digest", "weights_sha256", "run", "env"):
+        if not str(parts.get(name) or "").strip():
+            raise AnsibleFilterError(f"a release needs its {name}")
+    canonical = json.dumps({str(name): str(part) for name, part in parts.items()}, sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def paths_under(names: list[str], directory: str) -> list[dict[str, str]]:
+    """Directories as file_set takes them."""
+    return [{"path": f"{directory}/{name}"} for name in names]
+
+
+def release_links(releases: Mapping[str, str], directory: str) -> list[dict[str, str]]:
+    """Links to releases as file_set takes them; a name without a release is left out."""
+    chosen = {name: release for name, release in releases.items() if release}
+    return [{"path": f"{directory}/{name}", "target": f"releases/{release}"} for name, release in chosen.items()]
+
+
+def release_plan(node: Mapping[str, Any], release: str) -> dict[str, Any]:
+    """What brings a node to a release, from its node_info.
+
+    action: none, start (the links are right, the engine is down) or switch.
+    verified: the last release that was verified here.
+    fallback: the same, where a failure of `release` can go back to it, else empty.
+    current: what the node points to now.
+    previous, earlier: what it shall name as previous once `release` serves, or once the fallback serves again.
+    noted: the state file says already that `release` serves.
+    """
+    links: Mapping[str, Any] = node.get("release") or {}
+    state: Mapping[str, Any] = node.get("state") or {}
+    unit: Mapping[str, Any] = (node.get("units") or {}).get(UNIT) or {}
+    current, previous = str(links.get("current") or ""), str(links.get("previous") or "")
+    if not state:
+        verified = current
+    elif state.get("phase") == "serving":
+        verified = str(state.get("release") or "")
+    else:  # an earlier run failed, or was cut off, on its way to state.release
+        verified = str(state.get("previous") or "")
+    fallback = verified if verified != release and verified in (links.get("ids") or []) else ""
+    at_release = "none" if unit.get("active") == "active" else "start"
+    action = at_release if current == release else "switch"
+    return {
+        "action": action,
+        "verified": verified,
+        "fallback": fallback,
+        "current": current,
+        "previous": fallback or (previous if previous != release else ""),
+        "earlier": previous if previous not in (release, fallback) else "",
+        "noted": action == "none" and state.get("phase") == "serving" and state.get("release") == release,
+    }
+
+
+def _flags(engine: Mapping[str, Any], profile: Mapping[str, Any], settings: Mapping[str, Any]) -> Flags:
+    problems = engine_problems(engine, profile, settings)
+    if problems:
+        raise AnsibleFilterError("; ".join(problems))
+    names = engine["flags"]
+    own = {
+        names["model"]: settings["model"],
+        names["served_model_names"]: list(settings["served_model_names"]),
+        names["host"]: settings["host"],
+        names["port"]: settings["port"],
+    }
+    if names.get("shutdown_timeout"):
+        own[names["shutdown_timeout"]] = settings["shutdown_timeout"]
+    chosen = {_canonical(engine, flag): (flag, value) for flag, value in (profile.get("flags") or {}).items()}
+    for flag, value in (settings.get("extra_args") or {}).items():
+        chosen[_canonical(engine, flag)] = (flag, value)
+    repeated = engine.get("repeated_flags") or []
+    return [words for flag, value in [*own.items(), *chosen.values()] for words in _words(str(flag), value, repeated)]
+
+
+def _words(flag: str, value: Any, repeated: list[str]) -> Flags:
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [[flag]]
+    if isinstance(value, Mapping):
+        return [[flag, json.dumps(_plain(value), sort_keys=True)]]
+    if isinstance(value, (list, tuple)):
+        values = [str(item) for item in value]
+        return [[flag, item] for item in values] if flag in repeated else [[flag, *values]]
+    return [[flag, str(value)]]
+
+
+def _plain(value: Any) -> Any:
+    """Ansible's own string and mapping types made plain ones."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, str) else value
+
+
+def _canonical(engine: Mapping[str, Any], flag: str) -> str:
+    """One spelling for each flag: the engines read --max_model_len as --max-model-len."""
+    name, dot, rest = str(flag).partition(".")
+    name = name if not name.startswith("--") else "--" + name[2:].replace("_", "-")
+    aliases: Mapping[str, str] = engine.get("aliases") or {}
+    return f"{aliases.get(name, name)}{dot}{rest}"
+
+
+def _flag_problems(engine: Mapping[str, Any], flags: Mapping[str, Any], where: str) -> list[str]:
+    reserved: Mapping[str, str] = engine.get("reserved") or {}
+    seen: dict[str, str] = {}
+    problems = []
+    for flag in map(str, flags):
+        if not re.fullmatch(r"--?[A-Za-z][\w.-]*", flag):
+            problems.append(f"{where}: {flag!r} is not a flag: write it as --name")
+            continue
+        canonical = _canonical(engine, flag)
+        if canonical in reserved:
+            problems.append(f"{where}: {flag} is not for here: set {reserved[canonical]}")
+        if canonical in seen:
+            problems.append(f"{where}: {seen[canonical]} and {flag} are the same flag: keep one of them")
+        seen[canonical] = flag
+    return problems
+
+
+def _name_problems(names: list[str]) -> list[str]:
+    problems = [] if names and all(name.strip() for name in names) else ["glm_served_model_name: a name is empty"]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    return problems + [f"glm_served_model_name: {name} is there twice" for name in twice]
+
+
+class FilterModule:
+    """Ansible's way to find the filters."""
+
+    def filters(self) -> dict[str, Any]:
+        return {
+            "command_lines": command_lines,
+            "engine_flags": engine_flags,
+            "engine_image": engine_image,
+            "engine_problems": engine_problems,
+            "paths_under": paths_under,
+            "release_id": release_id,
+            "release_links": release_links,
+            "release_plan": release_plan,
+        }

@@ -1,0 +1,120 @@
+#!/usr/bin/python
+# ruff: noqa: E402 (documentation comes before the imports, as ansible-doc wants it)
+"""Ansible module: write the state file of a node's deployment."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: node_state
+short_description: Notes on the node which phase of a deployment it is in
+description:
+  - Writes the state file before each phase, so that a later run reads where an earlier one was cut off.
+  - Unchanged where phase, release, previous release and reason are the same; C(since) and C(rollout_id) then stay.
+options:
+  path: {description: The state file., type: path, default: /var/lib/glm/state.json}
+  phase:
+    description:
+      - V(serving) says that C(release) was verified and serves.
+      - In every other phase C(previous) is the release that was verified last.
+    type: str
+    required: true
+    choices: [stopping, starting, verifying, serving, rolling_back, failed]
+  release: {description: Id of the release that the phase is about; empty for none., type: str, default: ""}
+  previous: {description: Id of the release to go back to; empty for none., type: str, default: ""}
+  rollout_id: {description: Names the run., type: str, default: ""}
+  reason: {description: Why the node is in this phase, in one line., type: str, default: ""}
+attributes:
+  check_mode: {support: full}
+  diff_mode: {support: full}
+author: glm-fleet
+"""
+
+EXAMPLES = r"""
+- name: Note that the release serves
+  node_state:
+    phase: serving
+    release: 0123456789ab
+    rollout_id: 20260701T120000
+"""
+
+RETURN = r"""
+state: {description: What the file says now., type: dict, returned: always}
+"""
+
+import json
+import os
+import tempfile
+import time
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+PHASES = ["stopping", "starting", "verifying", "serving", "rolling_back", "failed"]
+COMPARED = ("phase", "release", "previous", "reason")
+
+
+def read_state(path: str) -> dict[str, Any]:
+    """The state, empty where the file is absent or damaged: it is written anew then."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            state = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def next_state(now: dict[str, Any], wanted: dict[str, Any], since: str) -> dict[str, Any]:
+    state = {key: wanted[key] or None for key in (*COMPARED, "rollout_id")}
+    if now and all(now.get(key) == state[key] for key in COMPARED):
+        return now
+    return {"phase": state["phase"], "release": state["release"], "previous": state["previous"],
+            "rollout_id": state["rollout_id"], "since": since, "reason": state["reason"]}
+
+
+def write_state(path: str, state: dict[str, Any]) -> None:
+    """Whole or not at all, also after a power cut."""
+    directory = os.path.dirname(path)
+    os.makedirs(directory, mode=0o755, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=".state.", dir=directory)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(dump(state))
+            os.fchmod(file.fileno(), 0o644)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def dump(state: dict[str, Any]) -> str:
+    return json.dumps(state, indent=2) + "\n" if state else ""
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "path": {"type": "path", "default": "/var/lib/glm/state.json"},
+            "phase": {"type": "str", "required": True, "choices": PHASES},
+            "release": {"type": "str", "default": ""},
+            "previous": {"type": "str", "default": ""},
+            "rollout_id": {"type": "str", "default": ""},
+            "reason": {"type": "str", "default": ""},
+        },
+        supports_check_mode=True,
+    )
+    path: str = module.params["path"]
+    now = read_state(path)
+    state = next_state(now, module.params, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    if state != now and not module.check_mode:
+        try:
+            write_state(path, state)
+        except OSError as problem:
+            module.fail_json(msg=f"{path}: the state cannot be written: {problem.strerror}")
+    module.exit_json(changed=state != now, state=state,
+                     diff={"before_header": path, "after_header": path, "before": dump(now), "after": dump(state)})
+
+
+if __name__ == "__main__":
+    main()

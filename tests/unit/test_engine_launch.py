@@ -1,0 +1,332 @@
+"""engine-launch, with programs of the test in the place of `docker` and of the engine."""
+
+import importlib.machinery
+import importlib.util
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "roles/inference_service/files/engine-launch"
+_loader = importlib.machinery.SourceFileLoader("engine_launch", str(PROGRAM))
+_spec = importlib.util.spec_from_loader("engine_launch", _loader)
+assert _spec
+sys.dont_write_bytecode, _kept = True, sys.dont_write_bytecode
+engine_launch: Any = importlib.util.module_from_spec(_spec)
+_loader.exec_module(engine_launch)
+sys.dont_write_bytecode = _kept
+
+# Keeps the container's state in a file and its process id in another, as the test's engine leaves them.
+DOCKER = """#!/bin/sh
+cd "$HERE" || exit 1
+echo "$*" >> docker.log
+case "$1 $2" in
+  "container ls") [ -e docker-is-down ] && { rm docker-is-down; exit 1; }; cat container 2>/dev/null ;;
+  "container rm") rm -f container ;;
+  "stop -t") kill -TERM "$(cat pid)"; sleep 0.3; rm -f container ;;
+  "attach --no-stdin") echo "attached" ; while [ -e container ]; do sleep 0.1; done ;;
+esac
+exit 0
+"""
+ENGINE = """#!{python}
+import http.server, json, os, signal, sys, threading, time
+here = os.environ["HERE"]
+open(here + "/pid", "w").write(str(os.getpid()))
+open(here + "/container", "w").write("running")
+def stop(*_):
+    os.unlink(here + "/container"); os._exit(0)
+signal.signal(signal.SIGTERM, stop)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+        if self.path == "/v1/models":
+            self.wfile.write(json.dumps({{"data": [{{"id": "{served}"}}]}}).encode())
+    def log_message(self, *_): pass
+def serve():
+    server = http.server.HTTPServer(("127.0.0.1", {port}), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+def end(code):
+    os.unlink(here + "/container"); sys.stdout.flush(); os._exit(code)
+{body}
+"""
+
+
+class Node:
+    """A release, a `docker` in PATH and systemd's notification socket."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.release = directory / "release"
+        self.release.mkdir()
+        self.program(directory / "bin/docker", DOCKER)
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(directory / "notify"))
+        self.socket.setblocking(False)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.process: subprocess.Popen[str] | None = None
+
+    def program(self, path: Path, text: str) -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+    def install(self, body: str, served: str = "glm", **changes: Any) -> None:
+        engine = yaml.safe_load((ROOT / "engines/vllm.yml").read_text())
+        data = {
+            "id": "0123456789ab",
+            "served_model_names": ["glm"],
+            "container": "glm-engine",
+            "url": f"http://127.0.0.1:{self.port}",
+            "health_path": "/health",
+            "models_path": "/v1/models",
+            "start_timeout": 30,
+            "stop_timeout": 5,
+            **engine["log"],
+            **changes,
+        }
+        (self.release / "release.json").write_text(json.dumps(data))
+        text = ENGINE.format(python=sys.executable, port=self.port, served=served, body=body)
+        self.program(self.release / "run", text)
+
+    def launch(self, *arguments: str) -> subprocess.Popen[str]:
+        self.process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), *arguments, str(self.release)],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={
+                "PATH": f"{self.directory}/bin:{os.environ['PATH']}",
+                "HERE": str(self.directory),
+                "NOTIFY_SOCKET": str(self.directory / "notify"),
+            },
+        )
+        return self.process
+
+    def end(self) -> tuple[int, str, list[str]]:
+        assert self.process
+        output, errors = self.process.communicate(timeout=30)
+        return self.process.returncode, output, errors.splitlines()
+
+    def notified(self) -> str:
+        told = []
+        while True:
+            try:
+                told.append(self.socket.recv(4096).decode())
+            except BlockingIOError:
+                return "\n".join(told)
+
+    def wait_for(self, text: str) -> str:
+        end, told = time.monotonic() + 20, ""
+        while time.monotonic() < end:
+            told += self.notified()
+            if text in told:
+                return told
+            time.sleep(0.05)
+        raise AssertionError(f"{text!r} was not notified, only {told!r}")
+
+    def docker_log(self) -> str:
+        path = self.directory / "docker.log"
+        return path.read_text() if path.exists() else ""
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    node = Node(tmp_path)
+    yield node
+    if node.process and node.process.poll() is None:
+        node.process.kill()
+        node.process.communicate()
+    node.socket.close()
+
+
+def test_serves_and_stops_gently_when_asked(node: Node) -> None:
+    node.install('print("hello", flush=True); serve(); time.sleep(60)')
+    process = node.launch()
+    assert "READY=1\nSTATUS=serving glm, release 0123456789ab" in node.wait_for("READY=1")
+    process.send_signal(signal.SIGTERM)
+    code, output, errors = node.end()
+    assert (code, errors) == (0, [])
+    assert "hello" in output
+    assert "stop -t 5 glm-engine" in node.docker_log()
+    assert "STOPPING=1" in node.notified()
+
+
+def test_tells_the_phases(node: Node) -> None:
+    node.install(r"""
+print("(EngineCore_DP0 pid=7) INFO 11-23 20:00:00 [gpu_model_runner.py:1] Starting to load model /m...", flush=True)
+time.sleep(3)
+sys.stdout.write("Loading safetensors checkpoint shards:  50% Completed | 70/141 [00:05<00:05]\r"); sys.stdout.flush()
+time.sleep(3)
+serve(); time.sleep(60)""")
+    node.launch()
+    told = node.wait_for("READY=1")
+    assert told.index("STATUS=loading weights") < told.index("STATUS=loading weights, 50 %") < told.index("READY=1")
+
+
+def test_an_engine_that_exits_at_once(node: Node) -> None:
+    node.install('print("vllm serve: error: unrecognized arguments: --frobnicate"); end(2)')
+    node.launch()
+    code, output, errors = node.end()
+    assert code == 1
+    assert errors == [
+        "glm: error: engine exited with code 2 after 2 s: vllm serve: error: unrecognized arguments: --frobnicate"
+    ]
+    assert "unrecognized" in output
+
+
+def test_an_engine_that_never_gets_ready_is_stopped(node: Node) -> None:
+    node.install('print("Starting to load model", flush=True); time.sleep(60)', start_timeout=3)
+    node.launch()
+    code, _, errors = node.end()
+    assert code == 1
+    assert errors == [
+        "glm: error: engine not ready after 3 s, last phase: loading weights: "
+        "raise glm_engine_start_timeout or see journalctl -u glm-engine"
+    ]
+    assert "stop -t 5 glm-engine" in node.docker_log()
+
+
+def test_an_engine_that_serves_another_name(node: Node) -> None:
+    node.install("serve(); time.sleep(60)", served="other")
+    node.launch()
+    code, _, errors = node.end()
+    assert code == 1
+    assert "/v1/models lists other and not glm: see what listens on that port" in errors[0]
+
+
+def test_an_end_that_nobody_asked_for_is_a_failure_whatever_its_code(node: Node) -> None:
+    node.install('serve(); time.sleep(3); print("bye"); end(0)')
+    node.launch()
+    node.wait_for("READY=1")
+    code, _, errors = node.end()
+    assert code == 1
+    assert errors[0].startswith("glm: error: engine exited with code 0 after serving for ")
+    assert errors[0].endswith(": bye")
+
+
+def test_follows_the_container_through_a_restart_of_docker(node: Node) -> None:
+    node.install("""
+if os.fork():
+    time.sleep(1); open(here + "/docker-is-down", "w"); os._exit(125)
+open(here + "/pid", "w").write(str(os.getpid()))
+sys.stdout.close(); os.close(1); os.close(2)
+serve(); time.sleep(60)""")
+    process = node.launch()
+    node.wait_for("READY=1")
+    process.send_signal(signal.SIGTERM)
+    code, output, errors = node.end()
+    assert (code, errors) == (0, [])
+    assert "Docker was restarted and the engine goes on" in output
+    assert "attach --no-stdin --sig-proxy=false glm-engine" in node.docker_log()
+
+
+@pytest.mark.parametrize(
+    ("status", "command"), [("exited", "container rm glm-engine"), ("created", "container rm glm-engine")]
+)
+def test_clean_up_removes_what_does_not_run(node: Node, status: str, command: str) -> None:
+    node.install("")
+    (node.directory / "container").write_text(status)
+    node.launch("--clean-up")
+    assert node.end()[0] == 0
+    assert command in node.docker_log()
+    assert "stop" not in node.docker_log()
+
+
+def test_a_running_leftover_is_stopped_gently_before_the_start(node: Node) -> None:
+    node.install('print("new"); end(3)')
+    with subprocess.Popen(["sleep", "60"]) as leftover:
+        (node.directory / "pid").write_text(str(leftover.pid))
+        (node.directory / "container").write_text("running")
+        node.launch()
+        code, output, _ = node.end()
+        leftover.wait(timeout=5)
+    assert code == 1
+    assert output.index("stopping the container") < output.index("new")
+
+
+def test_no_release(node: Node) -> None:
+    node.launch()
+    code, _, errors = node.end()
+    assert code == 1
+    assert len(errors) == 1
+    assert "is no release" in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("lines", "explanation"),
+    [
+        (
+            [
+                "(EngineCore_DP0 pid=7) ERROR 11-23 20:00:00 [core.py:1] Traceback (most recent call last):",
+                '(EngineCore_DP0 pid=7) ERROR 11-23 20:00:00 [core.py:1]   File "/x.py", line 1, in f',
+                "(EngineCore_DP0 pid=7) ERROR 11-23 20:00:00 [core.py:1] torch.OutOfMemoryError: CUDA out of memory.",
+                "Traceback (most recent call last):",
+                "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}",
+            ],
+            "torch.OutOfMemoryError: CUDA out of memory.",
+        ),
+        (
+            [
+                "docker: Error response from daemon: could not select device driver",
+                "Run 'docker run --help' for more information",
+            ],
+            "docker: Error response from daemon: could not select device driver",
+        ),
+        (["INFO 11-23 20:00:00 [x.py:1] almost done"], "almost done"),
+        ([], "it printed nothing"),
+    ],
+)
+def test_explanation(node: Node, lines: list[str], explanation: str) -> None:
+    node.install("")
+    log = engine_launch.Log(engine_launch.Release(str(node.release)))
+    log.lines.extend(lines)
+    assert log.explanation() == explanation
+
+
+PHASES: dict[str, list[tuple[str, Any]]] = {
+    "vllm": [
+        (
+            "(Worker pid=8) INFO 11-23 20:00:00 [default_loader.py:1] Loading weights took 5.60 seconds",
+            "weights loaded",
+        ),
+        (
+            "(Worker pid=8) INFO 11-23 20:00:00 [gpu_worker.py:1] Available KV cache memory: 80.1 GiB",
+            "allocating the KV cache",
+        ),
+        ("Capturing CUDA graphs (mixed prefill-decode, PIECEWISE):  35%|###", "capturing CUDA graphs, 35 %"),
+        (
+            "(APIServer pid=1) INFO 11-23 20:00:00 [api_server.py:1] Starting vLLM server on http://127.0.0.1:8001",
+            "starting the HTTP server",
+        ),
+        ("DeepGEMM warmup:  12%|#", "compiling GEMM kernels, 12 %"),
+        ("INFO Compiling a graph for compile range (1, 8192) takes 9.1 s", "compiling"),
+        ('INFO 127.0.0.1:1 - "GET /health HTTP/1.1" 200 OK', None),
+    ],
+    "sglang": [
+        ("[2026-07-01 TP0] Load weight begin. avail mem=177.00 GB", "loading weights"),
+        ("Multi-thread loading shards:  35% Completed | 49/141", "loading weights, 35 %"),
+        ("[TP0] Capture cuda graph begin. This can take up to several minutes.", "capturing CUDA graphs"),
+        ("Capturing batches (bs=64 avail_mem=20 GB):  10%|#", "capturing CUDA graphs, 10 %"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("engine", "line", "phase"), [(engine, *case) for engine, cases in PHASES.items() for case in cases]
+)
+def test_phases_of_the_engines_own_lines(node: Node, engine: str, line: str, phase: str | None) -> None:
+    node.install("", **yaml.safe_load((ROOT / f"engines/{engine}.yml").read_text())["log"])
+    assert engine_launch.Log(engine_launch.Release(str(node.release))).phase_of(line) == phase

@@ -1,0 +1,42 @@
+"""node_state: what it writes, and when it leaves the file alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import node_state
+import pytest
+
+WANTED = {"phase": "serving", "release": "a", "previous": "", "rollout_id": "1", "reason": ""}
+
+
+def test_first_state() -> None:
+    assert node_state.next_state({}, WANTED, "now") == {
+        "phase": "serving",
+        "release": "a",
+        "previous": None,
+        "rollout_id": "1",
+        "since": "now",
+        "reason": None,
+    }
+
+
+def test_another_run_of_the_same_changes_nothing() -> None:
+    before = node_state.next_state({}, WANTED, "then")
+    assert node_state.next_state(before, {**WANTED, "rollout_id": "2"}, "now") is before
+
+
+@pytest.mark.parametrize("change", [{"phase": "failed"}, {"release": "b"}, {"previous": "c"}, {"reason": "why"}])
+def test_a_change_has_its_own_time(change: dict[str, Any]) -> None:
+    before = node_state.next_state({}, WANTED, "then")
+    assert node_state.next_state(before, {**WANTED, **change}, "now")["since"] == "now"
+
+
+def test_written_whole_and_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "state.json"
+    state = node_state.next_state({}, WANTED, "now")
+    node_state.write_state(str(path), state)
+    assert node_state.read_state(str(path)) == state == json.loads(path.read_text())
+    assert [file.name for file in path.parent.iterdir()] == ["state.json"]
+    path.write_text("{")
+    assert node_state.read_state(str(path)) == {}

@@ -1,0 +1,69 @@
+"""Engines and profiles: each file has the shape that the roles read."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import release
+import yaml
+
+ENGINES = Path(__file__).resolve().parents[2] / "engines"
+FILES = sorted(ENGINES.glob("*.yml"))
+PROFILES = sorted(ENGINES.glob("*/profiles/*.yml"))
+SETTINGS = {
+    "model": "/models/zai-org/GLM-5.2-FP8",
+    "served_model_names": ["glm-5.2-fp8"],
+    "host": "127.0.0.1",
+    "port": 8001,
+    "shutdown_timeout": 120,
+}
+
+
+def load(path: Path) -> dict[str, Any]:
+    data: dict[str, Any] = yaml.safe_load(path.read_text())
+    return data
+
+
+def test_the_engines_know_the_same_things() -> None:
+    assert len({tuple(sorted(load(path))) for path in FILES}) == 1
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_engine(path: Path) -> None:
+    engine = load(path)
+    assert engine["name"] == path.stem
+    assert (ENGINES / path.stem / "profiles" / "reference.yml").is_file()
+    assert {flag for flag in engine["flags"].values() if flag} <= set(engine["reserved"])
+    assert all(isinstance(value, str) for value in engine["env"].values())
+    for item in engine["log"]["phases"]:
+        assert set(re.compile(item["pattern"]).groupindex) == set(re.findall(r"{(\w+)}", item["phase"]))
+    for pattern in engine["log"]["noise"]:
+        re.compile(pattern)
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
+def test_profile(path: Path) -> None:
+    engine, profile = load(ENGINES / f"{path.parts[-3]}.yml"), load(path)
+    assert set(profile) == {"description", "source", "measured", "flags", "env"}
+    assert release.engine_problems(engine, profile, SETTINGS) == []
+
+
+def test_the_reference_is_the_guides_command() -> None:
+    flags = release.engine_flags(load(ENGINES / "vllm.yml"), load(ENGINES / "vllm/profiles/reference.yml"), SETTINGS)
+    assert " ".join(flags) == (
+        "--model /models/zai-org/GLM-5.2-FP8 --served-model-name glm-5.2-fp8 --host 127.0.0.1 --port 8001 "
+        "--shutdown-timeout 120 --tensor-parallel-size 8 --trust-remote-code --kv-cache-dtype fp8 "
+        "--tool-call-parser glm47 --reasoning-parser glm45 --enable-auto-tool-choice"
+    )
+
+
+def test_the_reference_of_sglang_is_the_guides_command() -> None:
+    flags = release.engine_flags(
+        load(ENGINES / "sglang.yml"), load(ENGINES / "sglang/profiles/reference.yml"), SETTINGS
+    )
+    assert " ".join(flags) == (
+        "--model-path /models/zai-org/GLM-5.2-FP8 --served-model-name glm-5.2-fp8 --host 127.0.0.1 --port 8001 "
+        "--tp 8 --trust-remote-code --mem-fraction-static 0.85 --tool-call-parser glm47 --reasoning-parser glm45 "
+        "--enable-metrics"
+    )

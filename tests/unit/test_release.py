@@ -1,0 +1,243 @@
+"""Filters of a release: flags, ids and plans."""
+
+from typing import Any
+
+import pytest
+import release
+from ansible.errors import AnsibleFilterError
+
+ENGINE: dict[str, Any] = {
+    "name": "vllm",
+    "images": {570: "vllm/vllm-openai:glm52-cu129", 580: "vllm/vllm-openai:glm52"},
+    "flags": {
+        "model": "--model",
+        "served_model_names": "--served-model-name",
+        "host": "--host",
+        "port": "--port",
+        "shutdown_timeout": "--shutdown-timeout",
+    },
+    "reserved": {"--port": "glm_engine_port"},
+    "aliases": {"--tp": "--tensor-parallel-size", "-tp": "--tensor-parallel-size"},
+    "repeated_flags": ["--middleware"],
+}
+PROFILE: dict[str, Any] = {
+    "flags": {"--tensor-parallel-size": 8, "--trust-remote-code": True, "--kv-cache-dtype": "fp8"}
+}
+
+
+def settings(names: tuple[str, ...] = ("glm",), **changes: Any) -> dict[str, Any]:
+    return {
+        "model": "/models/m",
+        "served_model_names": list(names),
+        "host": "127.0.0.1",
+        "port": 8001,
+        "shutdown_timeout": 120,
+        "extra_args": {},
+        "extra_env": {},
+        **changes,
+    }
+
+
+def flags(**changes: Any) -> list[str]:
+    return release.engine_flags(ENGINE, PROFILE, settings(**changes))[10:]
+
+
+def problems(**changes: Any) -> list[str]:
+    return release.engine_problems(ENGINE, PROFILE, settings(**changes))
+
+
+def test_flags_in_order() -> None:
+    assert release.engine_flags(ENGINE, PROFILE, settings(names=("a", "b"))) == [
+        "--model",
+        "/models/m",
+        "--served-model-name",
+        "a",
+        "b",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "8001",
+        "--shutdown-timeout",
+        "120",
+        "--tensor-parallel-size",
+        "8",
+        "--trust-remote-code",
+        "--kv-cache-dtype",
+        "fp8",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (
+            {"--kv-cache-dtype": "fp8_e4m3"},
+            ["--tensor-parallel-size", "8", "--trust-remote-code", "--kv-cache-dtype", "fp8_e4m3"],
+        ),
+        (
+            {"--kv_cache_dtype": "fp8_e4m3"},
+            ["--tensor-parallel-size", "8", "--trust-remote-code", "--kv_cache_dtype", "fp8_e4m3"],
+        ),
+        ({"-tp": 4}, ["-tp", "4", "--trust-remote-code", "--kv-cache-dtype", "fp8"]),
+        ({"--trust-remote-code": False}, ["--tensor-parallel-size", "8", "--kv-cache-dtype", "fp8"]),
+    ],
+)
+def test_extra_flags_take_the_place_of_the_profiles(extra: dict[str, Any], expected: list[str]) -> None:
+    assert flags(extra_args=extra) == expected
+
+
+def test_kinds_of_values() -> None:
+    extra = {
+        "--middleware": ["a", "b"],
+        "--allowed-origins": ["x", "y"],
+        "--hf-overrides": {"b": 1, "a": [True]},
+        "--gpu-memory-utilization": 0.9,
+    }
+    assert flags(extra_args=extra)[5:] == [
+        "--middleware",
+        "a",
+        "--middleware",
+        "b",
+        "--allowed-origins",
+        "x",
+        "y",
+        "--hf-overrides",
+        '{"a": [true], "b": 1}',
+        "--gpu-memory-utilization",
+        "0.9",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"extra_args": {"--tp": 8, "--tensor-parallel-size": 8}},
+            "glm_engine_extra_args: --tp and --tensor-parallel-size are the same flag: keep one of them",
+        ),
+        (
+            {"extra_args": {"--max_model_len": 1, "--max-model-len": 1}},
+            "glm_engine_extra_args: --max_model_len and --max-model-len are the same flag: keep one of them",
+        ),
+        ({"extra_args": {"--port": 1}}, "glm_engine_extra_args: --port is not for here: set glm_engine_port"),
+        (
+            {"extra_args": {"max-model-len": 1}},
+            "glm_engine_extra_args: 'max-model-len' is not a flag: write it as --name",
+        ),
+        ({"names": ()}, "glm_served_model_name: a name is empty"),
+        ({"names": ("a", "b", "a")}, "glm_served_model_name: a is there twice"),
+        ({"extra_env": {"A-B": "1"}}, "glm_engine_extra_env: 'A-B' is not a name of an environment variable"),
+        (
+            {"extra_env": {"A": "1\n2"}},
+            "glm_engine_extra_env: the value of A holds a line break, which an environment file cannot",
+        ),
+    ],
+)
+def test_refusals_are_one_line(changes: dict[str, Any], message: str) -> None:
+    assert problems(**changes) == [message]
+    with pytest.raises(AnsibleFilterError, match="^" + message.partition(":")[0]):
+        flags(**changes)
+
+
+def test_one_line_a_flag_quoted_for_a_shell() -> None:
+    words = [
+        "--model",
+        "/models/m",
+        "--trust-remote-code",
+        "--names",
+        "a",
+        "b c",
+        "--json",
+        '{"a": -1}',
+        "--seed",
+        "-1",
+    ]
+    assert release.command_lines(words) == [
+        "--model /models/m",
+        "--trust-remote-code",
+        "--names a 'b c'",
+        """--json '{"a": -1}'""",
+        "--seed -1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("branch", "image"), [(570, "glm52-cu129"), ("575", "glm52-cu129"), (580, "glm52"), (595, "glm52")]
+)
+def test_image_by_driver(branch: int, image: str) -> None:
+    assert release.engine_image(ENGINE, branch) == f"vllm/vllm-openai:{image}"
+
+
+def test_image_of_a_driver_that_is_too_old() -> None:
+    with pytest.raises(AnsibleFilterError, match="no image for driver 535: it needs 570 or newer"):
+        release.engine_image(ENGINE, 535)
+
+
+PARTS = {"image_digest": "sha256:1", "weights_sha256": "2", "run": "exec docker run", "env": "A=1"}
+
+
+def test_an_id_is_stable_and_follows_every_part() -> None:
+    known = release.release_id(PARTS)
+    assert known == "32e68b5073fa"
+    assert release.release_id(dict(reversed(PARTS.items()))) == known
+    others = {release.release_id({**PARTS, name: part + "x"}) for name, part in PARTS.items()}
+    assert len(others | {known}) == 5
+
+
+def test_an_id_needs_every_part() -> None:
+    with pytest.raises(AnsibleFilterError, match="needs its weights_sha256"):
+        release.release_id({**PARTS, "weights_sha256": ""})
+
+
+def node(
+    current: str | None,
+    previous: str | None = None,
+    active: str = "active",
+    state: tuple[str, str, str | None] | None = None,
+) -> dict[str, Any]:
+    return {
+        "release": {"current": current, "previous": previous, "ids": ["new", "old", "older"]},
+        "units": {release.UNIT: {"active": active}},
+        "state": dict(zip(("phase", "release", "previous"), state)) if state else None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("situation", "expected"),
+    [
+        # action, verified, fallback, previous, earlier, noted
+        (node(None, active="inactive"), ("switch", "", "", "", "", False)),
+        (node("new", "old", state=("serving", "new", "old")), ("none", "new", "", "old", "old", True)),
+        (node("new", "old", "failed", ("serving", "new", "old")), ("start", "new", "", "old", "old", False)),
+        (node("old", "older", state=("serving", "old", "older")), ("switch", "old", "old", "old", "older", False)),
+        # cut off on the way to it
+        (node("old", "older", state=("stopping", "new", "old")), ("switch", "old", "old", "old", "older", False)),
+        (node("new", "old", "activating", ("starting", "new", "old")), ("start", "old", "old", "old", "", False)),
+        (node("new", "old", state=("verifying", "new", "old")), ("none", "old", "old", "old", "", False)),
+        # cut off on the way to another one, which never was verified
+        (node("older", "old", state=("starting", "older", "old")), ("switch", "old", "old", "old", "", False)),
+        # failed before, with something to go back to and without
+        (node("old", "older", state=("serving", "old", "older")), ("switch", "old", "old", "old", "older", False)),
+        (node(None, active="inactive", state=("failed", "new", None)), ("switch", "", "", "", "", False)),
+        # verified once, failed later, and runs
+        (node("new", "old", state=("failed", "new", "new")), ("none", "new", "", "old", "old", False)),
+        # what was verified is gone
+        (node("gone", state=("serving", "gone", None)), ("switch", "gone", "", "", "", False)),
+        # the state file was lost
+        (node("old", "older"), ("switch", "old", "old", "old", "older", False)),
+        (node("new", "old"), ("none", "new", "", "old", "old", False)),
+    ],
+)
+def test_plan(situation: dict[str, Any], expected: tuple[Any, ...]) -> None:
+    plan = release.release_plan(situation, "new")
+    assert tuple(plan[key] for key in ("action", "verified", "fallback", "previous", "earlier", "noted")) == expected
+
+
+def test_plan_of_a_node_of_which_nothing_is_known() -> None:
+    assert release.release_plan({"release": None, "units": {}, "state": None}, "new")["action"] == "switch"
+
+
+def test_links() -> None:
+    assert release.release_links({"current": "new", "previous": ""}, "/opt/glm") == [
+        {"path": "/opt/glm/current", "target": "releases/new"}
+    ]
