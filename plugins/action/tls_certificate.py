@@ -28,8 +28,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         _, args = self.validate_argument_spec(argument_spec={"path": {"type": "path", "required": True}})
         path = os.path.abspath(args["path"])
         try:
-            with open(self._loader.get_real_file(path), "rb") as file:
-                expires = check(file.read(), stat.S_IMODE(os.stat(path).st_mode), path)
+            mode = stat.S_IMODE(os.stat(path).st_mode)
+            with open(self._loader.get_real_file(path), "rb") as file:  # decrypted if Ansible Vault has encrypted it
+                expires = check(file.read(), mode, path)
         except (Refused, AnsibleError) as problem:
             return {**result, "failed": True, "msg": str(problem)}
         except OSError as problem:

@@ -12,7 +12,8 @@ import socket
 import ssl
 import subprocess
 import time
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
@@ -25,15 +26,25 @@ description:
   - Requests go through the edge with the key, as a client's do; the temperature is 0.
   - A failed check is a result, not a failure of the module. Changes nothing.
 options:
-  url: {description: The edge as seen on the node; TLS is not verified for the node's own addresses., type: str, required: true}
+  url:
+    description: The edge as the node reaches it. TLS is not verified where the address is the node's own.
+    type: str
+    required: true
   engine_url: {description: The engine behind the edge., type: str, required: true}
   model: {description: Served model name., type: str, required: true}
   auth: {description: Whether the edge asks for keys., type: str, choices: [keys, none], default: keys}
   api_key: {description: A key that the edge takes., type: str, default: ""}
-  questions: {description: 'What to ask and what to expect, as in C(roles/verify/files/questions.yml).', type: dict, required: true}
+  questions:
+    description: What to ask and what to expect, as in C(roles/verify/files/questions.yml).
+    type: dict
+    required: true
   metrics: {description: Metric names that the engine must report., type: list, elements: str, default: []}
   cached_tokens_metric: {description: Counter of prompt tokens found in the prefix cache., type: str, default: ""}
-  refused_paths: {description: Paths that the edge must refuse., type: list, elements: str, default: [/tokenize, /invocations]}
+  refused_paths:
+    description: Paths that the edge must refuse.
+    type: list
+    elements: str
+    default: [/tokenize, /invocations]
   unit: {description: The engine's systemd unit., type: str, default: glm-engine.service}
   container: {description: The engine's container., type: str, default: glm-engine}
   image_digest: {description: 'Digest (C(sha256:...)) that the container must run.', type: str, required: true}
@@ -63,7 +74,8 @@ checks:
   returned: always
 """
 
-MIN_STREAM_SPREAD = 0.001  # seconds between first and last token; a buffered answer arrives faster than any engine speaks
+# Seconds between the first and the last token. What was held back on the way comes faster than any engine speaks.
+MIN_STREAM_SPREAD = 0.001
 REFUSALS = (401, 403, 404)
 
 
@@ -150,6 +162,7 @@ class Verification:
         self.edge = Server(params["url"], params["timeout"])
         self.engine = Server(params["engine_url"], params["timeout"])
         self.code = str(1000 + secrets.randbelow(9000))
+        self.long_prompt = find_fact_prompt(self.questions["find_fact"], self.code, secrets.token_hex(4))
         self.keys = {"Authorization": f"Bearer {params['api_key']}"} if params["auth"] == "keys" else {}
 
     def run(self) -> list[dict[str, Any]]:
@@ -199,13 +212,13 @@ class Verification:
         return self._question("sum")
 
     def check_find_fact(self) -> str:
-        prompt_tokens = []
-        seen = self._question("find_fact", self._find_fact_prompt(), prompt_tokens)
+        prompt_tokens: list[int] = []
+        seen = self._question("find_fact", self.long_prompt, prompt_tokens)
         return f"{seen}, the fact was in {prompt_tokens[0]} prompt tokens"
 
     def check_second_turn(self) -> str:
         """Told, not judged: whether the conversation's first turn was in the prefix cache."""
-        turns = [{"role": "user", "content": self._find_fact_prompt()}, {"role": "assistant", "content": self.code},
+        turns = [{"role": "user", "content": self.long_prompt}, {"role": "assistant", "content": self.code},
                  {"role": "user", "content": self.questions["exact_reply"]["prompt"]}]
         before = self._cached_tokens()
         answer = self._chat(self.questions["exact_reply"], turns, max_tokens=16)
@@ -235,6 +248,7 @@ class Verification:
         usage = events[-1][1].get("usage")
         if not usage or not usage.get("completion_tokens"):
             raise Wrong("the last event of the stream holds no usage")
+        self._expect_model(events[0][1])
         if not any(line == "data: [DONE]" for _, line in answer.lines[-3:]):
             raise Wrong("the stream ends without [DONE]")
         return (f"{len(tokens)} chunks, the first after {first:.2f} s, the last after {last:.2f} s, "
@@ -382,9 +396,6 @@ class Verification:
         self._expect(question, content)
         return f"answered {content.strip()!r}"
 
-    def _find_fact_prompt(self) -> str:
-        return find_fact_prompt(self.questions["find_fact"], self.code)
-
     def _chat_body(self, question: dict[str, Any], messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
         body = {"model": self.params["model"], "messages": messages, "temperature": 0, "max_tokens": max_tokens}
         if not question.get("thinking", True):
@@ -437,11 +448,14 @@ class Verification:
         return self._metrics().get(name) if name else None
 
 
-def find_fact_prompt(question: dict[str, Any], code: str) -> str:
-    """Filler sentences with the fact in the middle, then the question."""
+def find_fact_prompt(question: dict[str, Any], code: str, mark: str) -> str:
+    """Filler sentences with the fact somewhere among them, then the question.
+
+    The mark in front differs on each run, so that the prefix cache holds none of it.
+    """
     sentences = [question["filler"]] * question["repeat"]
-    sentences.insert(question["repeat"] // 2, question["fact"].replace("{code}", code))
-    return " ".join([*sentences, question["prompt"]])
+    sentences.insert(secrets.randbelow(question["repeat"] + 1), question["fact"].replace("{code}", code))
+    return " ".join([f"[{mark}]", *sentences, question["prompt"]])
 
 
 def need(answer: Response, status: int) -> None:

@@ -1,0 +1,414 @@
+"""verify_endpoint against an endpoint that is right, and against ones that are each wrong in one way."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import verify_endpoint
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+QUESTIONS: dict[str, Any] = yaml.safe_load((ROOT / "roles/verify/files/questions.yml").read_text())
+KEY = "sk-glm-" + "k" * 43
+MODEL = "glm-5.2-fp8"
+DIGEST = "sha256:" + "ab" * 32
+METRICS = ["vllm:num_requests_running", "vllm:generation_tokens_total"]
+METRICS_TEXT = """# HELP vllm:num_requests_running Requests.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="glm-5.2-fp8"} 0.0
+# TYPE vllm:generation_tokens_total counter
+vllm:generation_tokens_total{engine="0",model_name="a b } c"} 1024.0
+vllm:prefix_cache_hits_total{engine="0"} 7.0
+"""
+ALL = ["health", "models_list", "exact_reply", "sum", "find_fact", "second_turn", "streaming", "thinking", "tool_call",
+       "messages", "messages_stream", "count_tokens", "missing_key_refused", "wrong_key_refused",
+       "unlisted_path_refused", "metrics_inside", "metrics_outside", "image_digest", "unit_state", "gpus_in_container"]
+CONTENT = {"exact_reply", "sum", "find_fact", "second_turn", "streaming", "thinking", "tool_call"}
+
+
+class Endpoint(ThreadingHTTPServer):
+    """Edge and engine in one: what needs the edge is told by `guarded`."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, guarded: bool, host: str = "127.0.0.1") -> None:
+        super().__init__((host, 0), Handler)
+        self.guarded = guarded
+        self.auth = True
+        self.paths_open: set[str] = set()
+        self.health = 200
+        self.models = [MODEL]
+        self.metrics = METRICS_TEXT
+        self.stream_pause = 0.002
+        self.count = 9
+        self.status: dict[str, int] = {}
+        self.change_chat: Callable[[dict[str, Any], dict[str, Any]], Any] = lambda request, answer: answer
+        self.change_events: Callable[[str, list[Any]], list[Any]] = lambda path, events: events
+        self.bodies: list[tuple[str, dict[str, Any]]] = []
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def stop(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Endpoint
+
+    def log_message(self, *args: Any) -> None:
+        """Quiet."""
+
+    def answer(self, status: int, body: Any) -> None:
+        data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:  # noqa: PLR0911
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
+        server.bodies.append((self.path, body))
+        if self.path in server.status:
+            return self.answer(server.status[self.path], {"error": {"message": "told to"}})
+        if self.path == "/health":
+            return self.answer(server.health, {})
+        if not self.path.startswith("/v1/"):
+            if server.guarded and self.path not in server.paths_open:
+                return self.answer(403, {"error": {}})
+            return self.answer(200, server.metrics)
+        sent = [self.headers.get("x-api-key"), (self.headers.get("Authorization") or "").removeprefix("Bearer ")]
+        if server.guarded and server.auth and KEY not in sent:
+            return self.answer(401, {"error": {}})
+        if self.path == "/v1/models":
+            return self.answer(200, {"data": [{"id": name} for name in server.models]})
+        if not body:
+            return self.answer(422, {"error": {"message": "no body"}})
+        if self.path == "/v1/messages/count_tokens":
+            return self.answer(200, {"input_tokens": server.count})
+        return self.chat(body) if self.path == "/v1/chat/completions" else self.messages(body)
+
+    do_POST = do_GET
+
+    def reply(self, body: dict[str, Any]) -> str:
+        asked = body["messages"][-1]["content"]
+        if found := re.search(r"blue door is (\d{4})", asked):
+            return found[1]
+        return next(str(question["expect"]) for question in QUESTIONS.values() if question["prompt"] == asked)
+
+    def chat(self, body: dict[str, Any]) -> None:
+        message: dict[str, Any] = {"role": "assistant", "reasoning_content": None, "tool_calls": []}
+        finish = "stop"
+        if "tools" in body:
+            message.update(content=None, tool_calls=[{"id": "1", "type": "function", "function": {
+                "name": "get_weather", "arguments": '{"city": "Paris"}'}}])
+            finish = "tool_calls"
+        else:
+            message["content"] = f"\n{self.reply(body)}"
+            if body.get("chat_template_kwargs", {}).get("enable_thinking", True):
+                message["reasoning"] = "The user wants ok."
+        answer = self.server.change_chat(body, {
+            "model": MODEL, "choices": [{"message": message, "finish_reason": finish}],
+            "usage": {"prompt_tokens": 400, "completion_tokens": 3, "prompt_tokens_details": None}})
+        if not body.get("stream"):
+            return self.answer(200, answer)
+        words = [word for word in re.split(r"(?= )", message["content"].strip()) if word]
+        events: list[Any] = [{"model": MODEL, "choices": [{"delta": {"role": "assistant", "content": ""}}]}]
+        events += [{"choices": [{"delta": {"content": word}}]} for word in words]
+        events += [{"choices": [{"delta": {}, "finish_reason": "stop"}]},
+                   {"choices": [], "usage": {"completion_tokens": len(words)}}, "[DONE]"]
+        return self.stream(events)
+
+    def messages(self, body: dict[str, Any]) -> None:
+        text = self.reply(body)
+        if not body.get("stream"):
+            answer = {"type": "message", "model": MODEL, "stop_reason": "end_turn", "usage": {"output_tokens": 2},
+                      "content": [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": text}]}
+            return self.answer(200, self.server.change_chat(body, answer))
+        return self.stream([
+            {"type": "message_start", "message": {}},
+            {"type": "content_block_start", "content_block": {"type": "text", "text": ""}},
+            {"type": "content_block_delta", "delta": {"type": "thinking_delta", "thinking": "Hm."}},
+            {"type": "content_block_delta", "delta": {"type": "text_delta", "text": text}},
+            {"type": "message_delta", "delta": {"stop_reason": "end_turn"}}, {"type": "message_stop"}])
+
+    def stream(self, events: list[Any]) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        lines = []
+        for event in self.server.change_events(self.path, events):
+            if isinstance(event, dict) and "type" in event:
+                lines.append(f"event: {event['type']}\n".encode())
+            lines.append(f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n".encode())
+        for line in lines if self.server.stream_pause else [b"".join(lines)]:
+            self.wfile.write(line)
+            time.sleep(self.server.stream_pause)
+
+
+class Node:
+    """Edge, engine and the node's programs, all right unless a test says otherwise."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.edge, self.engine = Endpoint(guarded=True), Endpoint(guarded=False)
+        self.directory = directory
+        self.params: dict[str, Any] = {
+            "url": f"http://127.0.0.1:{self.edge.server_port}", "engine_url": f"http://127.0.0.1:{self.engine.server_port}",
+            "model": MODEL, "auth": "keys", "api_key": KEY, "questions": deepcopy(QUESTIONS), "metrics": list(METRICS),
+            "cached_tokens_metric": "vllm:prefix_cache_hits_total", "refused_paths": ["/tokenize", "/invocations"],
+            "unit": "glm-engine.service", "container": "glm-engine", "image_digest": DIGEST, "gpu_count": 8,
+            "timeout": 5}
+        self.say("inspect", "sha256:1d")
+        self.say("image", json.dumps([f"vllm/vllm-openai@{DIGEST}"]))
+        self.say("exec", "".join(f"GPU {n}: NVIDIA B200 (UUID: GPU-{n})\n" for n in range(8)))
+        self.say("show", "ActiveState=active\nSubState=running\nNRestarts=0\nResult=success")
+        for name in ("docker", "systemctl"):
+            program = directory / name
+            program.write_text(f"""#!/bin/sh
+cat "{directory}/$1.out"
+test ! -e "{directory}/$1.err" || {{ cat "{directory}/$1.err" >&2; exit 1; }}
+""")
+            program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(directory), prepend=":")
+        monkeypatch.setattr(verify_endpoint, "outward_address", lambda: "127.0.0.2")
+
+    def say(self, subcommand: str, output: str) -> None:
+        (self.directory / f"{subcommand}.out").write_text(output)
+
+    def fail(self, subcommand: str, error: str) -> None:
+        (self.directory / f"{subcommand}.err").write_text(error)
+
+    def checks(self) -> dict[str, dict[str, Any]]:
+        return {check["name"]: check for check in verify_endpoint.Verification(self.params).run()}
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
+    made = Node(tmp_path, monkeypatch)
+    yield made
+    made.edge.stop()
+    made.engine.stop()
+
+
+def test_all_is_well(node: Node) -> None:
+    checks = node.checks()
+    assert list(checks) == ALL
+    assert [check for check in checks.values() if not check["ok"]] == []
+    for check in checks.values():
+        assert set(check) == {"name", "ok", "detail", "seconds"}
+        assert check["detail"] and "\n" not in check["detail"] and KEY not in check["detail"]
+    assert checks["sum"]["detail"] == "answered '42'"
+    assert "`reasoning`" in checks["thinking"]["detail"]
+    assert checks["tool_call"]["detail"] == 'get_weather({"city": "Paris"})'
+    assert "0 of them from the prefix cache" in checks["second_turn"]["detail"]
+    assert checks["gpus_in_container"]["detail"] == "8 GPUs (NVIDIA B200)"
+    assert "10 chunks" in checks["streaming"]["detail"]
+
+
+def test_an_open_edge_has_no_keys_to_refuse(node: Node) -> None:
+    node.edge.auth = False
+    node.params.update(auth="none", api_key="")
+    checks = node.checks()
+    assert list(checks) == [name for name in ALL if not name.endswith("_key_refused")]
+    assert all(check["ok"] for check in checks.values())
+
+
+def test_requests_are_as_the_questions_say(node: Node) -> None:
+    node.checks()
+    bodies = [body for path, body in node.edge.bodies if path == "/v1/chat/completions" and body]
+    assert all(body["temperature"] == 0 and body["max_tokens"] > 0 and body["model"] == MODEL for body in bodies)
+    thinking = [body["messages"][-1]["content"] for body in bodies if "chat_template_kwargs" not in body]
+    assert thinking == [QUESTIONS["thinking"]["prompt"]]
+    codes = [found[1] for body in bodies if (found := re.search(r"is (\d{4})\.", body["messages"][0]["content"]))]
+    assert codes and set(codes) == {codes[0]}
+
+
+def changed(path: tuple[Any, ...], value: Any,
+            when: Callable[[dict[str, Any]], bool] = lambda request: True) -> Callable[[Node], None]:
+    """A mutation of the answer to the requests for which `when` holds."""
+    def mutate(node: Node) -> None:
+        def change(request: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+            if when(request):
+                place: Any = answer
+                for step in path[:-1]:
+                    place = place[step]
+                place[path[-1]] = value
+            return answer
+        node.edge.change_chat = change
+    return mutate
+
+
+def asks(name: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda request: QUESTIONS[name]["prompt"] in request["messages"][-1]["content"]
+
+
+def events(path: str, change: Callable[[list[Any]], list[Any]]) -> Callable[[Node], None]:
+    def mutate(node: Node) -> None:
+        node.edge.change_events = lambda at, sent: change(sent) if at == path else sent
+    return mutate
+
+
+def attribute(name: str, value: Any, server: str = "edge") -> Callable[[Node], None]:
+    return lambda node: setattr(getattr(node, server), name, value)
+
+
+def says(subcommand: str, output: str) -> Callable[[Node], None]:
+    return lambda node: node.say(subcommand, output)
+
+
+def fails(subcommand: str, error: str) -> Callable[[Node], None]:
+    return lambda node: node.fail(subcommand, error)
+
+
+def chat(name: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda request: asks(name)(request) and request["max_tokens"] != 2048 and len(request["messages"]) == 1
+
+
+CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+CONTENT_AT = ("choices", 0, "message", "content")
+TOOL_AT = ("choices", 0, "message", "tool_calls")
+CALL = {"function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
+
+MUTATIONS: dict[str, tuple[Callable[[Node], None], set[str], str]] = {
+    "not healthy": (attribute("health", 503), {"health"}, "HTTP 503"),
+    "another model listed": (attribute("models", ["other"]), {"models_list"}, "served are other, wanted glm-5.2-fp8"),
+    "no model listed": (attribute("models", []), {"models_list"}, "no models"),
+    "more than asked": (changed(CONTENT_AT, "ok!", chat("exact_reply")), {"exact_reply"},
+                        "answered 'ok!', wanted 'ok'"),
+    "wrong sum": (changed(CONTENT_AT, "41", asks("sum")), {"sum"}, "answered '41', wanted '42'"),
+    "no content": (changed(CONTENT_AT, None, asks("sum")), {"sum"}, "answered '', wanted '42'"),
+    "garbage with HTTP 200": (changed(CONTENT_AT, "!!!!!!!! \u2028 !!!", asks("sum")), {"sum"}, "wanted '42'"),
+    "wrong code": (changed(CONTENT_AT, "0000", asks("find_fact")), {"find_fact"}, "answered '0000', wanted '"),
+    "no usage on the second turn": (changed(("usage",), {}, lambda request: len(request["messages"]) > 1),
+                                    {"second_turn"}, "unexpected shape"),
+    "another model answers": (changed(("model",), "other"), CONTENT - {"streaming"} | {"messages"}, "model 'other'"),
+    "no choices": (changed(("choices",), [], asks("sum")), {"sum"}, "unexpected shape"),
+    "stream in one chunk": (events(CHAT, lambda sent: [
+        {"choices": [{"delta": {"content": QUESTIONS["streaming"]["expect"]}}]}, *sent[-2:]]), {"streaming"},
+        "1 chunk"),
+    "stream of another model": (events(CHAT, lambda sent: [{**sent[0], "model": "other"}, *sent[1:]]), {"streaming"},
+                                "model 'other'"),
+    "stream held back": (attribute("stream_pause", 0), {"streaming"}, "all at once"),
+    "stream without usage": (events(CHAT, lambda sent: [*sent[:-2], sent[-1]]), {"streaming"}, "no usage"),
+    "stream cut": (events(CHAT, lambda sent: sent[:-1]), {"streaming"}, "without [DONE]"),
+    "stream with a wrong word": (events(CHAT, lambda sent: [*sent[:3], *sent[4:]]), {"streaming"}, "wanted '1 2 3"),
+    "stream broken": (events(CHAT, lambda sent: [*sent[:3], "{oops"]), {"streaming"}, "not JSON"),
+    "stream empty": (events(CHAT, lambda sent: []), {"streaming"}, "answered ''"),
+    "thinking within the answer": (changed(CONTENT_AT, "<think>Hm</think>ok", asks("thinking")), {"thinking"},
+                                   "within the answer"),
+    "no thinking": (changed(("choices", 0, "message", "reasoning"), "", asks("thinking")), {"thinking"},
+                    "no reasoning"),
+    "wrong answer after thinking": (changed(CONTENT_AT, "fine", asks("thinking")), {"thinking"}, "'fine'"),
+    "no tool call": (changed(TOOL_AT, [], asks("tool_call")), {"tool_call"}, "0 tool calls"),
+    "another tool": (changed(TOOL_AT, [{"function": {**CALL["function"], "name": "get_time"}}], asks("tool_call")),
+                     {"tool_call"}, "get_time("),
+    "other arguments": (changed(TOOL_AT, [{"function": {**CALL["function"], "arguments": '{"city": "Rome"}'}}],
+                                asks("tool_call")), {"tool_call"}, "Rome"),
+    "broken arguments": (changed(TOOL_AT, [{"function": {**CALL["function"], "arguments": '{"city"'}}],
+                                 asks("tool_call")), {"tool_call"}, "wanted get_weather"),
+    "tool call that ends as text": (changed(("choices", 0, "finish_reason"), "stop", asks("tool_call")), {"tool_call"},
+                                    "finish_reason"),
+    "wrong message": (changed(("content",), [{"type": "text", "text": "no"}]), {"messages"}, "answered 'no'"),
+    "message stream cut": (events(MESSAGES, lambda sent: sent[:-1]), {"messages_stream"}, "to message_delta"),
+    "message stream wrong": (events(MESSAGES, lambda sent: sent[:3] + sent[4:]), {"messages_stream"}, "answered ''"),
+    "no message API": (attribute("status", {MESSAGES: 404, f"{MESSAGES}/count_tokens": 404}),
+                       {"messages", "messages_stream", "count_tokens", "wrong_key_refused"}, "HTTP 404"),
+    "no tokens counted": (attribute("count", 0), {"count_tokens"}, "input_tokens is 0"),
+    "keys not asked for": (attribute("auth", False), {"missing_key_refused", "wrong_key_refused"}, "must be refused"),
+    "inference without a key": (attribute("paths_open", {"/invocations"}), {"unlisted_path_refused"},
+                                "/invocations HTTP 200"),
+    "metrics outside": (attribute("paths_open", {"/metrics"}), {"metrics_outside"}, "/metrics HTTP 200"),
+    "metrics missing": (attribute("metrics", "# none\n", "engine"), {"metrics_inside"}, "does not report vllm:num"),
+    "metrics garbled": (attribute("metrics", "a b c\n", "engine"), {"metrics_inside", "second_turn"},
+                        "unexpected shape"),
+    "another image": (says("image", '["vllm/vllm-openai@sha256:00"]'), {"image_digest"}, "wanted sha256:abab"),
+    "an image without a digest": (says("image", "null"), {"image_digest"}, "runs sha256:1d, wanted"),
+    "no container": (fails("inspect", "Error: No such container: glm-engine"), {"image_digest"}, "No such container"),
+    "unit failed": (says("show", "ActiveState=failed\nSubState=failed\nNRestarts=3\nResult=exit-code"),
+                    {"unit_state"}, "failed (failed), 3 restarts, result exit-code"),
+    "7 GPUs": (says("exec", "".join(f"GPU {n}: NVIDIA B200 (UUID: GPU-{n})\n" for n in range(7))),
+               {"gpus_in_container"}, "7 GPUs (NVIDIA B200), wanted 8"),
+    "nvidia-smi fails": (fails("exec", "Failed to initialize NVML"), {"gpus_in_container"}, "NVML"),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_each_fault_fails_its_check_and_no_other(node: Node, mutation: str) -> None:
+    mutate, failing, said = MUTATIONS[mutation]
+    mutate(node)
+    checks = node.checks()
+    assert {name for name, check in checks.items() if not check["ok"]} == failing, checks
+    assert any(said in checks[name]["detail"] for name in failing), [checks[name]["detail"] for name in failing]
+
+
+def test_every_check_can_fail() -> None:
+    assert set().union(*(failing for _, failing, _ in MUTATIONS.values())) == set(ALL)
+
+
+def test_an_engine_open_to_the_network_is_found(node: Node) -> None:
+    node.engine.stop()
+    node.engine = Endpoint(guarded=False, host="0.0.0.0")
+    node.params["engine_url"] = f"http://127.0.0.1:{node.engine.server_port}"
+    checks = node.checks()
+    assert {name for name, check in checks.items() if not check["ok"]} == {"metrics_outside"}
+    assert "open to the network" in checks["metrics_outside"]["detail"]
+
+
+def test_a_dead_edge_fails_every_check_of_it_with_one_line(node: Node) -> None:
+    node.params["url"] = "http://127.0.0.1:9"
+    checks = node.checks()
+    assert not any(check["ok"] for name, check in checks.items() if name in CONTENT | {"health", "models_list"})
+    assert "127.0.0.1:9" in checks["sum"]["detail"] and "refused" in checks["sum"]["detail"]
+
+
+def test_an_engine_that_hangs_is_given_up(node: Node) -> None:
+    def hang(request: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+        if asks("sum")(request):
+            time.sleep(2)
+        return answer
+
+    node.edge.change_chat, node.params["timeout"] = hang, 1
+    check = node.checks()["sum"]
+    assert not check["ok"] and "within 1 s" in check["detail"]
+
+
+def test_an_endless_stream_is_given_up(node: Node) -> None:
+    node.edge.change_events = lambda path, sent: sent[:4] * 1000 if path == CHAT else sent
+    node.edge.stream_pause, node.params["timeout"] = 0.01, 1
+    check = node.checks()["streaming"]
+    assert not check["ok"] and "still answering after 1 s" in check["detail"]
+
+
+def test_expectations_can_be_told(node: Node) -> None:
+    node.params["questions"]["sum"]["expect"] = "42|forty-two"
+    changed(CONTENT_AT, "forty-two", asks("sum"))(node)
+    assert node.checks()["sum"]["ok"]
+
+
+def test_the_cached_tokens_that_the_engine_tells(node: Node) -> None:
+    changed(("usage", "prompt_tokens_details"), {"cached_tokens": 384})(node)
+    assert "384 of them from the prefix cache" in node.checks()["second_turn"]["detail"]
+
+
+def test_the_fact_is_in_the_prompt_once() -> None:
+    question = QUESTIONS["find_fact"]
+    prompts = {verify_endpoint.find_fact_prompt(question, "4711", f"{number:08x}") for number in range(20)}
+    assert len(prompts) == 20
+    for prompt in prompts:
+        assert prompt.count("4711") == 1 and prompt.endswith(question["prompt"])
+        assert prompt.count(question["filler"]) == question["repeat"]
+
+
+def test_a_wrong_address_is_refused() -> None:
+    with pytest.raises(ValueError, match="not an http"):
+        verify_endpoint.Server("localhost:8000", 1)
