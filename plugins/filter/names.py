@@ -9,17 +9,19 @@ from typing import Any
 DEFAULT_SSH_PORT = 22
 
 
-def unknown_variables(names: Iterable[str], known: Iterable[str], prefix: str = "glm_") -> list[dict[str, str]]:
-    """Names with the prefix that nobody reads, each with the nearest right one ('' where none is near)."""
+def unknown_variables(names: Iterable[str], known: Iterable[str], prefix: str = "glm_") -> list[str]:
+    """One line for each name with the prefix that nobody reads, with the nearest right one."""
     right = sorted(set(known))
     unknown = sorted({str(name) for name in names if str(name).startswith(prefix)} - set(right))
-    return [
-        {"name": name, "nearest": next(iter(difflib.get_close_matches(name, right, n=1, cutoff=0.7)), "")}
-        for name in unknown
-    ]
+    return [f"{name}: there is no such setting: {_advice(name, right)}" for name in unknown]
 
 
-def duplicate_addresses(hostvars: Mapping[str, Mapping[str, Any]], hosts: Iterable[str]) -> list[str]:
+def _advice(name: str, right: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, right, n=1, cutoff=0.7)
+    return f"did you mean {nearest[0]}?" if nearest else "remove it, or see the list of settings"
+
+
+def duplicate_addresses(hosts: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line for each address that several hosts share."""
     holders: dict[tuple[str, str], list[str]] = {}
     for host in hosts:

@@ -51,7 +51,8 @@ class Context:
 
     @property
     def weights_present(self) -> bool:
-        return bool(self.model.get("complete"))
+        wanted, found = self.wanted["weights"].get("sha256"), self.model.get("manifest_sha256")
+        return bool(self.model.get("complete")) and (wanted is None or wanted == found)
 
     @property
     def model(self) -> Mapping[str, Any]:
@@ -134,7 +135,7 @@ def memory(c: Context) -> Iterator[Finding]:
         yield Finding(
             "memory",
             f"too little memory (found {gib(c.node['memory_bytes'])}, wanted {minimum} GiB)",
-            "use a larger node, or lower preflight_min_memory_gib if the model is smaller",
+            "use a larger node, or lower glm_min_memory_gib if the model is smaller",
         )
 
 
@@ -145,7 +146,7 @@ def shared_memory(c: Context) -> Iterator[Finding]:
         yield Finding(
             "shared_memory",
             f"shared memory at /dev/shm is too small (found {gib(c.node['shm_bytes'])}, wanted {minimum} GiB)",
-            f"run `mount -o remount,size={minimum}G /dev/shm` and put it in /etc/fstab, or lower preflight_min_shm_gib",
+            f"run `mount -o remount,size={minimum}G /dev/shm` and put it in /etc/fstab, or lower glm_min_shm_gib",
         )
 
 
@@ -155,8 +156,8 @@ def open_files(c: Context) -> Iterator[Finding]:
     if limit is not None and limit < minimum:
         yield Finding(
             "open_files",
-            f"the open-files limit of services is too low (found {limit}, wanted {minimum})",
-            "raise DefaultLimitNOFILE in /etc/systemd/system.conf and reboot, or lower preflight_min_open_files",
+            f"a container cannot get enough open files (found a limit of {limit}, wanted {minimum})",
+            "raise the sysctl fs.nr_open, or lower glm_min_open_files and glm_container_ulimits",
         )
 
 
@@ -413,7 +414,7 @@ def image_cuda(c: Context) -> Iterator[Finding]:
             f"the image's CUDA is too new for the driver (found CUDA {cuda} in the image, wanted at most "
             f"{supported or 'what branch ' + str(c.driver['branch']) + ' supports'} for driver {c.driver['version']})",
             f"set glm_image to a build for CUDA {major - 1}, install driver {branch or 'of a newer branch'}, or set "
-            "preflight_allow_cuda_compat: true to run slower on the image's compatibility libraries",
+            "glm_allow_cuda_compat: true to run slower on the image's compatibility libraries",
         )
 
 

@@ -58,6 +58,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 NVIDIA_VENDOR = "0x10de"
 PCI_CLASSES_OF_GPUS = ("0x0300", "0x0302")  # VGA and 3D controllers; NVSwitches are 0x0680
+MOST_OF_AN_ERROR = 200  # characters, from the end
 MISMATCH = "Driver/library version mismatch"
 LIBRARY_DIRECTORIES = ("/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib", "/lib/x86_64-linux-gnu")
 
@@ -302,7 +303,7 @@ def build_driver(proc_version: str, smi: Output, query: Query, library_file: str
     error = smi.error
     if error is None and not query.gpus:
         said = "no GPU answers" if query.driver_version else " ".join(smi.text.split())
-        error = said or "nvidia-smi is missing"
+        error = said[-MOST_OF_AN_ERROR:] or "nvidia-smi is missing"
     version = loaded or library
     return Driver(
         version=version,

@@ -114,6 +114,7 @@ from ansible.module_utils.basic import AnsibleModule
 DOCKER_SOCKET = "/var/run/docker.sock"
 CDI_DIRECTORIES = ("/etc/cdi", "/var/run/cdi")
 LISTEN = "0A"
+CAP_SYS_RESOURCE = 24
 UNSYNCHRONIZED_MICROSECONDS = 16_000_000  # the kernel's maximum error where nothing disciplines the clock
 UNIT_PROPERTIES = {
     "load": "LoadState",
@@ -220,12 +221,21 @@ def parse_open_files(limits: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
+def may_raise_limits(status: str) -> bool:
+    """Whether /proc/PID/status shows the capability to go beyond a hard limit."""
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
+    return bool(found and int(found.group(1), 16) >> CAP_SYS_RESOURCE & 1)
+
+
 def open_files_limit() -> int | None:
-    """What a system service gets: systemd's default, which it cannot lift above its own hard limit."""
-    default = (run(["systemctl", "show", "--property=DefaultLimitNOFILE", "--value"]) or "").strip()
-    limits = [parse_open_files(read("/proc/1/limits")), int(default) if default.isdigit() else None]
-    known = [limit for limit in limits if limit is not None]
-    return min(known) if known else None
+    """The most that a system service or a container can be given.
+
+    systemd's DefaultLimitNOFILE is what they get unasked, and no bound: it, and Docker, lift it up to this one.
+    """
+    if may_raise_limits(read("/proc/1/status")):
+        most = read("/proc/sys/fs/nr_open").strip()
+        return int(most) if most.isdigit() else None
+    return parse_open_files(read("/proc/1/limits"))
 
 
 def shm_bytes() -> int:

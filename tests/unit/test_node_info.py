@@ -129,6 +129,12 @@ def test_open_files_limit() -> None:
     assert node_info.parse_open_files("Max open files            unlimited            unlimited  files\n") is None
 
 
+def test_capability_to_raise_limits() -> None:
+    assert node_info.may_raise_limits("CapEff:\t000001ffffffffff\n") is True
+    assert node_info.may_raise_limits("CapEff:\t000001fffeffffff\n") is False
+    assert node_info.may_raise_limits("") is False
+
+
 def test_memory() -> None:
     assert node_info.parse_memory("MemTotal:       2048 kB\nMemFree: 1 kB\n") == 2 * 1024**2
 

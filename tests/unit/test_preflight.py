@@ -52,7 +52,7 @@ def node() -> Dict:
         "arch": "x86_64",
         "memory_bytes": 2900 * GIB,
         "shm_bytes": 1450 * GIB,
-        "nofile_limit": 524288,
+        "nofile_limit": 1073741816,
         "clock": {"synchronized": True, "time": 0.0, "offset_seconds": 0.4},
         "disks": {path: {**disk, "mount": "/"} for path in ("/var/lib/glm", "/var/lib/docker")},
         "ports": {"8000": free_port(), "8001": free_port()},
@@ -296,7 +296,7 @@ FAULTS: list[tuple[Callable[[World], None], str, list[str]]] = [
     (
         newer_cuda,
         "image_cuda",
-        ["CUDA 13.0.1", "at most 12.8", "glm_image", "driver 580", "preflight_allow_cuda_compat"],
+        ["CUDA 13.0.1", "at most 12.8", "glm_image", "driver 580", "glm_allow_cuda_compat"],
     ),
     (foreign_process, "gpu_process", ["python3 (pid 4711, container notebook) on GPU 1", "stop it"]),
     (xid_79, "xid", ["Xid 79 on 0000:1b:00", "wanted none", "reboot"]),
@@ -304,9 +304,9 @@ FAULTS: list[tuple[Callable[[World], None], str, list[str]]] = [
     (gpu_gone_from_the_driver, "gpu_lost", ["0000:f1:00.0", "reboot"]),
     (full_disk, "disk_space", ["500.0 GiB free", "703.7 GiB for the rest of the weights", "glm_data_dir"]),
     (no_inodes, "inodes", ["found 10 free", "wanted 500000", "glm_data_dir"]),
-    (little_memory, "memory", ["found 64.0 GiB", "wanted 900 GiB", "preflight_min_memory_gib"]),
+    (little_memory, "memory", ["found 64.0 GiB", "wanted 256 GiB", "glm_min_memory_gib"]),
     (little_shm, "shared_memory", ["/dev/shm", "found 0.1 GiB", "wanted 32 GiB", "mount -o remount"]),
-    (few_files, "open_files", ["found 1024", "wanted 65536", "DefaultLimitNOFILE"]),
+    (few_files, "open_files", ["limit of 1024", "wanted 1048576", "glm_min_open_files"]),
     (unsynchronized, "clock", ["NTPSynchronized=no", "timedatectl set-ntp true"]),
     (wrong_clock, "clock", ["found -300 s", "at most 10 s", "timedatectl"]),
     (edge_taken, "edge_port", ["port 8000", "nginx (pid 7, nginx.service)", "glm_port"]),
@@ -426,21 +426,20 @@ def test_judging_leaves_what_was_seen_alone(world: World) -> None:
 
 def test_misspelled_variable_gets_the_nearest_right_one() -> None:
     known = ["glm_port", "glm_profile", "glm_engine", "glm_engine_port"]
-    found = names.unknown_variables(["glm_prot", "glm_enginne", "glm_port", "ansible_host", "glm_zzz"], known)
-    assert found == [
-        {"name": "glm_enginne", "nearest": "glm_engine"},
-        {"name": "glm_prot", "nearest": "glm_port"},
-        {"name": "glm_zzz", "nearest": ""},
+    assert names.unknown_variables(["glm_prot", "glm_enginne", "glm_port", "ansible_host", "glm_zzz"], known) == [
+        "glm_enginne: there is no such setting: did you mean glm_engine?",
+        "glm_prot: there is no such setting: did you mean glm_port?",
+        "glm_zzz: there is no such setting: remove it, or see the list of settings",
     ]
 
 
 def test_two_nodes_with_one_address() -> None:
-    hostvars = {
+    hostvars: dict[str, Dict] = {
         "node1": {"ansible_host": "198.18.0.1"},
         "node2": {"ansible_host": "198.18.0.1"},
         "node3": {"ansible_host": "198.18.0.1", "ansible_port": 2222},
         "198.18.0.9": {},
     }
-    (line,) = names.duplicate_addresses(hostvars, list(hostvars))
+    (line,) = names.duplicate_addresses(list(hostvars), hostvars)
     assert line.startswith("inventory: node1 and node2 have one address (found 198.18.0.1 port 22")
     assert "ansible_host" in line
