@@ -76,14 +76,9 @@ def ansible(directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
     settings.write_text(json.dumps(NODES), encoding="utf-8")
     play = directory / "play.yml"
     play.write_text(PLAY.replace("SETTINGS", str(settings)).replace("VARS", json.dumps(VARS)), encoding="utf-8")
-    return subprocess.run(
-        [str(Path(sys.executable).parent / "ansible-playbook"), str(play), "-i", str(inventory)]
-        + ["-e", f"report_directory={directory / 'results'}", *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    program = str(Path(sys.executable).parent / "ansible-playbook")
+    command = [program, str(play), "-i", str(inventory), "-e", f"report_directory={directory / 'results'}", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +191,12 @@ def test_endpoints_of_all_kinds() -> None:
 
 @pytest.mark.parametrize(
     ("value", "unit", "words"),
-    [(1454.07, "tok/s", "1,454 tok/s"), (45.44, "tok/s", "45.4 tok/s"), (5403.88, "ms", "5.40 s"), (19.38, "ms", "19.4 ms")],
+    [
+        (1454.07, "tok/s", "1,454 tok/s"),
+        (45.44, "tok/s", "45.4 tok/s"),
+        (5403.88, "ms", "5.40 s"),
+        (19.38, "ms", "19.4 ms"),
+    ],
 )
 def test_quantities_read_well(value: float, unit: str, words: str) -> None:
     assert plugin.quantity(value, unit) == words
