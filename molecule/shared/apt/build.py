@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+"""Builds the vendors' apt repositories out of packages.yml: build.py DESTINATION
+
+Needs dpkg-deb, apt-ftparchive and gpg. The key that signs them is made on each build and stays in its GNUPGHOME.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+IDENTITY = "glm-fleet testbed <testbed@localhost>"
+
+
+def run(*command: str, cwd: Path | None = None) -> str:
+    return subprocess.run(command, cwd=cwd, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def fill(text: str, values: dict[str, str]) -> str:
+    for name, value in values.items():
+        text = text.replace(f"@{name}@", value)
+    return text
+
+
+def debian_version(package: str) -> str:
+    """Upstream's version of what Debian has: 26.1.5+dfsg1-9 is 26.1.5."""
+    full = run("apt-cache", "show", "--no-all-versions", package).split("\nVersion: ")[1].split("\n")[0]
+    return full.split(":")[-1].split("+")[0].split("~")[0].split("-")[0]
+
+
+def unpack_debian(packages: list[str], root: Path) -> None:
+    """The files of Debian's own packages, without what belongs to their packaging."""
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chmod(scratch, 0o755)  # apt downloads as a user of its own
+        run("apt-get", "download", "-q", *packages, cwd=Path(scratch))
+        for archive in Path(scratch).glob("*.deb"):
+            run("dpkg-deb", "-x", str(archive), str(root))
+    for rubbish in ("usr/share/doc", "usr/share/man", "usr/share/lintian"):
+        shutil.rmtree(root / rubbish, ignore_errors=True)
+
+
+def copy_tree(source: Path, root: Path, values: dict[str, str]) -> None:
+    for path in sorted(source.rglob("*")):
+        target = root / fill(str(path.relative_to(source)), values)
+        if path.is_symlink():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(fill(os.readlink(path), values))
+        elif path.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(fill(path.read_text(), values))
+            target.chmod(0o755 if os.access(path, os.X_OK) else 0o644)
+
+
+def build(package: dict[str, Any], version: str, pool: Path) -> None:
+    version = package.get("version", version)
+    full = package.get("epoch", "") + version
+    if "version" not in package:
+        full += package.get("revision", "-1ubuntu1")
+    values = {"VERSION": version, "BRANCH": version.split(".")[0], "FULL": full}
+    name = fill(package["name"], values)
+    archive = pool / f"{name}_{full.split(':')[-1]}_amd64.deb"
+    if archive.exists():
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch) / "root"
+        root.mkdir(mode=0o755)
+        if "from" in package:
+            unpack_debian(package["from"], root)
+        if "source" in package:
+            copy_tree(HERE / "files" / package["source"], root, values)
+        control = {
+            "Package": name,
+            "Version": full,
+            "Architecture": "amd64",
+            "Maintainer": IDENTITY,
+            "Section": "testbed",
+            "Priority": "optional",
+            "Depends": fill(package["depends"], values),
+            "Conflicts": package.get("conflicts", ""),
+            "Replaces": package.get("conflicts", ""),
+            "Provides": package.get("provides", ""),
+            "Description": f"stand-in for {name}, made by the glm-fleet testbed",
+        }
+        (root / "DEBIAN").mkdir(exist_ok=True)
+        text = "".join(f"{key}: {value}\n" for key, value in control.items() if value)
+        (root / "DEBIAN/control").write_text(text)
+        run("dpkg-deb", "--root-owner-group", "-Zzstd", "-z3", "--build", str(root), str(archive))
+
+
+def sign(directory: Path, *options: str) -> None:
+    release = run("apt-ftparchive", *options, "release", ".", cwd=directory)
+    (directory / "Release").write_text(release)
+    run("gpg", "--batch", "--yes", "--clearsign", "--output", "InRelease", "Release", cwd=directory)
+    run("gpg", "--batch", "--yes", "--armor", "--detach-sign", "--output", "Release.gpg", "Release", cwd=directory)
+
+
+def index(root: Path, pool: str, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "Packages").write_text(run("apt-ftparchive", "packages", pool, cwd=root))
+    run("gzip", "--keep", "--force", "-9n", "Packages", cwd=target)
+
+
+def publish(repository: dict[str, Any], pool: Path, destination: Path) -> None:
+    """The same packages under each path of a repository, as links to one file."""
+    for path in repository["paths"]:
+        root = destination / path
+        flat = repository["layout"] == "flat"
+        packages = root if flat else root / "pool"
+        packages.mkdir(parents=True, exist_ok=True)
+        for archive in pool.glob("*.deb"):
+            os.link(archive, packages / archive.name)
+        if flat:
+            index(root, ".", root)
+            sign(root, "-o", "APT::FTPArchive::Release::Origin=glm-fleet-testbed")
+            continue
+        for suite in repository["suites"][path]:
+            dist = root / "dists" / suite
+            index(root, "pool", dist / "stable/binary-amd64")
+            option = "APT::FTPArchive::Release::"
+            settings = {"Origin": "Docker", "Suite": suite, "Codename": suite, "Components": "stable"}
+            settings["Architectures"] = "amd64"
+            sign(dist, *(part for key, value in settings.items() for part in ("-o", f"{option}{key}={value}")))
+
+
+def key_exists() -> bool:
+    done = subprocess.run(["gpg", "--list-secret-keys", IDENTITY], capture_output=True, check=False)
+    return done.returncode == 0
+
+
+def main() -> None:
+    destination = Path(sys.argv[1])
+    if not key_exists():
+        run("gpg", "--batch", "--passphrase", "", "--quick-generate-key", IDENTITY, "rsa3072", "sign", "never")
+    public = run("gpg", "--armor", "--export", IDENTITY)
+    table = yaml.safe_load((HERE / "packages.yml").read_text())
+    for repository in table["repositories"]:
+        pool = destination / ".pool" / repository["name"]
+        pool.mkdir(parents=True, exist_ok=True)
+        for version in repository["versions"]:
+            if version == "@DEBIAN@":
+                version = debian_version("docker.io")
+            for package in repository["packages"]:
+                build(package, version, pool)
+        publish(repository, pool, destination)
+        for key in repository["keys"]:
+            (destination / key).parent.mkdir(parents=True, exist_ok=True)
+            (destination / key).write_text(public)
+        print(f"{repository['name']}: {len(list(pool.glob('*.deb')))} packages")
+
+
+if __name__ == "__main__":
+    main()
