@@ -25,7 +25,7 @@ PROGRAM = ROOT / "roles" / "benchmark" / "files" / "benchmark_run.py"
 CLIENT = yaml.safe_load((ROOT / "engines" / "vllm" / "benchmark.yml").read_text(encoding="utf-8"))
 ROLE = yaml.safe_load((ROOT / "roles" / "benchmark" / "vars" / "main.yml").read_text(encoding="utf-8"))
 FULL = ROLE["__benchmark_workloads"]["full"]
-REFERENCE = ROLE["__benchmark_reference"]
+REFERENCE = ROLE["__benchmark_tables"]
 RAW = json.loads((ROOT / "tests" / "fixtures" / "benchmark" / "vllm.json").read_text(encoding="utf-8"))
 
 # What `docker exec` does, without a container: it runs the command here.
