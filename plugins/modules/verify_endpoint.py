@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import http.client
 import json
 import re
@@ -22,7 +23,8 @@ DOCUMENTATION = r"""
 module: verify_endpoint
 short_description: Check that a node serves the right model, with right answers, behind a guarded edge
 description:
-  - Makes all checks in one round trip, beside one another, and returns each with what it saw. Nothing is tried twice.
+  - Makes all checks in one round trip, beside one another, and returns each with what it saw. Nothing is tried twice;
+    only the edge is given some seconds to see that the engine is ready.
   - Requests go through the edge with the key, as a client's do; the temperature is 0.
   - A failed check is a result, not a failure of the module. Changes nothing.
 options:
@@ -50,6 +52,7 @@ options:
   image_digest: {description: 'Digest (C(sha256:...)) that the container must run.', type: str, required: true}
   gpu_count: {description: GPUs that the container must see., type: int, required: true}
   timeout: {description: Seconds for one check., type: int, default: 120}
+  ready_timeout: {description: Seconds for the edge to call the engine ready., type: int, default: 10}
 author: glm-fleet
 """
 
@@ -168,13 +171,14 @@ class Verification:
     def run(self) -> list[dict[str, Any]]:
         guarded = [["missing_key_refused"], ["wrong_key_refused"]] if self.params["auth"] == "keys" else []
         chains = [
-            ["health"], ["models_list"], ["exact_reply"], ["sum"], ["find_fact", "second_turn"], ["streaming"],
+            ["models_list"], ["exact_reply"], ["sum"], ["find_fact", "second_turn"], ["streaming"],
             ["thinking"], ["tool_call"], ["messages"], ["messages_stream"], ["count_tokens"], *guarded,
             ["unlisted_path_refused"], ["metrics_inside"], ["metrics_outside"], ["image_digest"], ["unit_state"],
             ["gpus_in_container"],
         ]
+        health = self._chain(["health"])
         with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
-            return [result for results in pool.map(self._chain, chains) for result in results]
+            return health + [result for results in pool.map(self._chain, chains) for result in results]
 
     def _chain(self, names: list[str]) -> list[dict[str, Any]]:
         return [self._one(name, getattr(self, f"check_{name}")) for name in names]
@@ -193,9 +197,16 @@ class Verification:
     # --- what is served ---
 
     def check_health(self) -> str:
-        answer = self.edge.request("GET", "/health")
+        """The edge looks at a starting engine once a second, so it may be a moment behind."""
+        begin = time.monotonic()
+        while True:
+            answer = self.edge.request("GET", "/health")
+            waited = time.monotonic() - begin
+            if answer.status != 503 or waited > self.params["ready_timeout"]:
+                break
+            time.sleep(0.1)
         need(answer, 200)
-        return "HTTP 200 without a key"
+        return f"HTTP 200 without a key, after {waited:.1f} s"
 
     def check_models_list(self) -> str:
         answer = self.edge.request("GET", "/v1/models", headers=self.keys)
@@ -459,8 +470,12 @@ def find_fact_prompt(question: dict[str, Any], code: str, mark: str) -> str:
 
 
 def need(answer: Response, status: int) -> None:
-    if answer.status != status:
-        raise Wrong(f"HTTP {answer.status}: {shorten(answer.body.decode(errors='replace'))}")
+    if answer.status == status:
+        return
+    text = answer.body.decode(errors="replace")
+    with contextlib.suppress(ValueError, LookupError, TypeError):  # any other body is told as it is
+        text = json.loads(text)["error"]["message"]
+    raise Wrong(f"HTTP {answer.status}: {shorten(str(text)) or 'no text'}")
 
 
 def command(*argv: str) -> str:
@@ -517,6 +532,7 @@ def main() -> None:
             "image_digest": {"type": "str", "required": True},
             "gpu_count": {"type": "int", "required": True},
             "timeout": {"type": "int", "default": 120},
+            "ready_timeout": {"type": "int", "default": 10},
         },
         supports_check_mode=True,
         no_log=True,  # the questions need not be in the journal

@@ -47,6 +47,7 @@ class Endpoint(ThreadingHTTPServer):
         self.auth = True
         self.paths_open: set[str] = set()
         self.health = 200
+        self.not_ready = 0
         self.models = [MODEL]
         self.metrics = METRICS_TEXT
         self.stream_pause = 0.002
@@ -82,7 +83,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path in server.status:
             return self.answer(server.status[self.path], {"error": {"message": "told to"}})
         if self.path == "/health":
-            return self.answer(server.health, {})
+            server.not_ready -= 1
+            return self.answer(503 if server.not_ready >= 0 else server.health, {})
         if not self.path.startswith("/v1/"):
             if server.guarded and self.path not in server.paths_open:
                 return self.answer(403, {"error": {}})
@@ -167,7 +169,7 @@ class Node:
             "model": MODEL, "auth": "keys", "api_key": KEY, "questions": deepcopy(QUESTIONS), "metrics": list(METRICS),
             "cached_tokens_metric": "vllm:prefix_cache_hits_total", "refused_paths": ["/tokenize", "/invocations"],
             "unit": "glm-engine.service", "container": "glm-engine", "image_digest": DIGEST, "gpu_count": 8,
-            "timeout": 5}
+            "timeout": 5, "ready_timeout": 1}
         self.say("inspect", "sha256:1d")
         self.say("image", json.dumps([f"vllm/vllm-openai@{DIGEST}"]))
         self.say("exec", "".join(f"GPU {n}: NVIDIA B200 (UUID: GPU-{n})\n" for n in range(8)))
@@ -369,6 +371,11 @@ def test_a_dead_edge_fails_every_check_of_it_with_one_line(node: Node) -> None:
     checks = node.checks()
     assert not any(check["ok"] for name, check in checks.items() if name in CONTENT | {"health", "models_list"})
     assert "127.0.0.1:9" in checks["sum"]["detail"] and "refused" in checks["sum"]["detail"]
+
+
+def test_an_edge_that_is_a_moment_behind_is_waited_for(node: Node) -> None:
+    node.edge.not_ready = 3
+    assert all(check["ok"] for check in node.checks().values())
 
 
 def test_an_engine_that_hangs_is_given_up(node: Node) -> None:
