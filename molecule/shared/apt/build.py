@@ -144,9 +144,8 @@ def main() -> None:
     for repository in table["repositories"]:
         pool = destination / ".pool" / repository["name"]
         pool.mkdir(parents=True, exist_ok=True)
-        for version in repository["versions"]:
-            if version == "@DEBIAN@":
-                version = debian_version("docker.io")
+        for listed in repository["versions"]:
+            version = debian_version("docker.io") if listed == "@DEBIAN@" else listed
             for package in repository["packages"]:
                 build(package, version, pool)
         publish(repository, pool, destination)

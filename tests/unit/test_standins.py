@@ -1,0 +1,180 @@
+"""The stand-ins of the testbed: what the replayed machine says, and what packages and images are made of."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT / "molecule/shared"
+FILES = SHARED / "apt/files"
+VERSION = "570.211.01"
+
+
+def load(path: Path, name: str) -> ModuleType:
+    loader = importlib.machinery.SourceFileLoader(name, str(path))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(name="smi")
+def fixture_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """nvidia-smi on a machine in a folder: driver loaded, daemons running."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    smi = load(FILES / "nvidia-utils/usr/bin/nvidia-smi", "standin_nvidia_smi")
+    module = tmp_path / "version"
+    module.write_text(f"NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {VERSION}  Release Build  (b@h)\n")
+    library = tmp_path / f"libnvidia-ml.so.{VERSION}"
+    library.touch()
+    (tmp_path / "libnvidia-ml.so.1").symlink_to(library.name)
+    for mark in ("persistence", "fabric-ready"):
+        (tmp_path / mark).touch()
+    monkeypatch.setattr(smi, "DATA", FILES / "nvidia-utils/usr/share/nvidia-stand-in")
+    monkeypatch.setattr(smi, "MACHINE", tmp_path / "machine.json")
+    monkeypatch.setattr(smi, "RUN", tmp_path)
+    monkeypatch.setattr(smi, "LIBRARY", tmp_path)
+    monkeypatch.setattr(smi, "MODULE", (module, tmp_path / "none"))
+    monkeypatch.setattr(smi, "holders", list)
+    return smi
+
+
+def ask(smi: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["nvidia-smi", *arguments])
+    return str(smi.answer(smi.parse()))
+
+
+def test_a_healthy_machine(smi: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = ElementTree.fromstring(ask(smi, monkeypatch, "-q", "-x"))
+    cards = root.findall("gpu")
+    assert root.findtext("driver_version") == VERSION
+    assert root.findtext("cuda_version") == "12.8"
+    assert [card.findtext("product_name") for card in cards] == ["NVIDIA B200"] * 8
+    assert {card.findtext("fabric/state") for card in cards} == {"Completed"}
+    assert {card.findtext("fabric/status") for card in cards} == {"Success"}
+    assert {card.findtext("fb_memory_usage/total") for card in cards} == {"183359 MiB"}
+    assert {card.findtext("persistence_mode") for card in cards} == {"Enabled"}
+    assert len({card.findtext("uuid") for card in cards}) == 8
+    assert len({card.get("id") for card in cards}) == 8
+
+
+def test_text_and_xml_have_the_same_places() -> None:
+    data = FILES / "nvidia-utils/usr/share/nvidia-stand-in"
+    places = [set(re.findall(r"\$(\w+)", (data / name).read_text())) for name in ("gpu.xml", "gpu.txt")]
+    assert places[0] == places[1]
+
+
+def test_xml_has_the_fields_of_a_real_machine(smi: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixture = ROOT / "tests/fixtures/nvidia-smi/h100-580/smi-q.xml"
+    if not fixture.exists():
+        pytest.skip("no capture of a real machine here")
+    real = {element.tag for element in ElementTree.parse(fixture).iter()}
+    ours = {element.tag for element in ElementTree.fromstring(ask(smi, monkeypatch, "-q", "-x")).iter()}
+    assert real - ours == set()
+
+
+@pytest.mark.parametrize(
+    ("machine", "path", "values"),
+    [
+        ({"gpus": {"3": {"fabric_state": "In Progress"}}}, "fabric/state", ["Completed"] * 3 + ["In Progress"]),
+        ({"all": {"name": "NVIDIA H200"}}, "product_name", ["NVIDIA H200"] * 4),
+        ({"gpus": {"0": {"ecc_volatile_dram": 2}}}, "ecc_errors/volatile/dram_uncorrectable", ["2", "0", "0", "0"]),
+        ({"gpus": {"1": {"remapped_pending": "Yes"}}}, "remapped_rows/remapped_row_pending", ["No", "Yes", "No", "No"]),
+    ],
+)
+def test_what_a_test_sets(
+    smi: ModuleType, monkeypatch: pytest.MonkeyPatch, machine: dict[str, object], path: str, values: list[str]
+) -> None:
+    smi.MACHINE.write_text(json.dumps(machine))
+    cards = ElementTree.fromstring(ask(smi, monkeypatch, "-q", "-x")).findall("gpu")
+    assert [card.findtext(path) for card in cards][:4] == values
+
+
+def test_seven_gpus_and_a_process(smi: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi.MACHINE.write_text(json.dumps({
+        "count": 7, "processes": [{"gpu": 2, "pid": 4242, "name": "python3", "memory": 1024}]
+    }))  # fmt: skip
+    assert len(ask(smi, monkeypatch, "-L").splitlines()) == 7
+    asked = ask(smi, monkeypatch, "--query-compute-apps=pid,name,used_memory", "--format=csv,noheader")
+    assert asked == "4242, python3, 1024 MiB\n"
+    root = ElementTree.fromstring(ask(smi, monkeypatch, "-q", "-x"))
+    assert [entry.findtext("pid") for entry in root.iter("process_info")] == ["4242"]
+    assert "Process ID" in ask(smi, monkeypatch, "-q")
+
+
+def test_query_looks_as_on_a_real_machine(smi: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = "index,name,uuid,pci.bus_id,driver_version,memory.total,ecc.errors.uncorrected.volatile.total,fabric.state"
+    first = ask(smi, monkeypatch, f"--query-gpu={fields}", "--format=csv,noheader").splitlines()[0]
+    assert first == (
+        "0, NVIDIA B200, GPU-b2000000-0000-4000-8000-000000000000, 00000000:1B:00.0, 570.211.01, 183359 MiB, 0, "
+        "Completed"
+    )
+    rows = "gpu_uuid,remapped_rows.correctable,remapped_rows.uncorrectable,remapped_rows.pending,remapped_rows.failure"
+    answer = ask(smi, monkeypatch, f"--query-remapped-rows={rows}", "--format=csv").splitlines()
+    assert answer[0].startswith("gpu_uuid, remapped_rows.correctable")
+    assert answer[1].endswith(", 0, 0, No, No")
+
+
+def test_topology_is_nvlink_between_all(smi: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [line.split("\t") for line in ask(smi, monkeypatch, "topo", "-m").splitlines() if line.startswith("GPU")]
+    assert len(rows) == 8
+    for index, row in enumerate(rows):
+        assert row[1:9] == ["NV18"] * index + [" X "] + ["NV18"] * (7 - index)
+
+
+def test_without_the_daemons_nothing_is_ready(smi: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    for mark in ("persistence", "fabric-ready"):
+        (smi.RUN / mark).unlink()
+    asked = ask(smi, monkeypatch, "--query-gpu=persistence_mode,fabric.state,fabric.status", "--format=csv,noheader")
+    assert set(asked.splitlines()) == {"Disabled, In Progress, N/A"}
+
+
+def test_library_and_module_differ(smi: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    (smi.LIBRARY / "libnvidia-ml.so.1").unlink()
+    (smi.LIBRARY / "libnvidia-ml.so.1").symlink_to("libnvidia-ml.so.570.195.03")
+    (smi.LIBRARY / "libnvidia-ml.so.570.195.03").touch()
+    with pytest.raises(smi.Failure, match=r"version mismatch\nNVML library version: 570\.195") as failure:
+        ask(smi, monkeypatch, "-q", "-x")
+    assert failure.value.code == 18
+
+
+def test_no_module(smi: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi.MODULE[0].unlink()
+    with pytest.raises(smi.Failure, match="couldn't communicate with the NVIDIA driver") as failure:
+        ask(smi, monkeypatch)
+    assert failure.value.code == 9
+
+
+def test_each_package_of_the_table_can_be_made() -> None:
+    table = yaml.safe_load((SHARED / "apt/packages.yml").read_text())
+    used = set()
+    for repository in table["repositories"]:
+        names = [package["name"] for package in repository["packages"]]
+        assert len(names) == len(set(names))
+        assert repository["keys"]
+        for package in repository["packages"]:
+            assert "depends" in package
+            if "source" in package:
+                used.add(package["source"])
+                assert (FILES / package["source"]).is_dir(), package["name"]
+    assert used == {path.name for path in FILES.iterdir()}
+
+
+def test_images_are_built_after_what_they_stand_on() -> None:
+    images = load(SHARED / "build-images", "standin_build_images")
+    order = images.selection(["node-ubuntu2404:driver-570"])
+    assert order == ["base", "node-ubuntu2404", "node-debian13", "mirror", "node-ubuntu2404:driver-570"]
+    with pytest.raises(SystemExit, match="no image 'nodes'"):
+        images.selection(["nodes"])
