@@ -1,0 +1,224 @@
+"""image-pull against a small Docker API: progress, the proof at the end, and each failure in one line."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.machinery
+import importlib.util
+import json
+import socketserver
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+PROGRAM = Path(__file__).resolve().parents[2] / "roles" / "engine_image" / "files" / "image-pull"
+MANIFEST = b'{"schemaVersion": 2}'
+DIGEST = "sha256:" + hashlib.sha256(MANIFEST).hexdigest()
+IMAGE = f"vllm/vllm-openai@{DIGEST}"
+
+
+def load() -> ModuleType:
+    loader = importlib.machinery.SourceFileLoader("image_pull", str(PROGRAM))
+    spec = importlib.util.spec_from_loader("image_pull", loader)
+    assert spec
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["image_pull"] = module
+    loader.exec_module(module)
+    return module
+
+
+image_pull = load()
+
+
+def layer(name: str, status: str, current: int = 0, total: int = 0) -> dict[str, Any]:
+    return {"id": name, "status": status, "progressDetail": {"current": current, "total": total} if total else {}}
+
+
+class Quiet(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+class Docker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    """Each pull answers with the next list of messages; `has` is what is there afterwards."""
+
+    daemon_threads = True
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), DockerHandler)
+        self.path = str(path)
+        self.pulls: list[Any] = []
+        self.asked: list[str] = []
+        self.has = [IMAGE]
+
+
+class DockerHandler(Quiet):
+    server: Docker  # type: ignore[assignment]
+
+    def address_string(self) -> str:
+        return "unix"
+
+    def do_GET(self) -> None:
+        if self.path == "/info":
+            return self.answer(200, b'{"DockerRootDir": "/data/docker"}')
+        return self.answer(200, json.dumps({"RepoDigests": self.server.has}).encode())
+
+    def do_POST(self) -> None:
+        self.server.asked.append(self.path)
+        messages = self.server.pulls.pop(0)
+        if isinstance(messages, bytes):
+            return self.answer(500, messages)
+        return self.answer(200, b"".join(json.dumps(message).encode() + b"\r\n" for message in messages))
+
+
+@pytest.fixture
+def docker(tmp_path: Path) -> Iterator[Docker]:
+    server = Docker(tmp_path / "docker.sock")
+    threading.Thread(target=server.serve_forever, daemon=True, kwargs={"poll_interval": 0.01}).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def fetch(docker: Docker, mirror: str = "", attempts: int = 1) -> None:
+    image_pull.fetch(IMAGE, 100, mirror, attempts=attempts, delay=0, path=docker.path)
+
+
+def failure(docker: Docker, *messages: Any, mirror: str = "") -> str:
+    docker.pulls = list(messages)
+    with pytest.raises(image_pull.Failure) as raised:
+        fetch(docker, mirror)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def error(text: str) -> list[dict[str, Any]]:
+    return [{"error": text, "errorDetail": {"message": text}}]
+
+
+def test_a_pull_by_digest_is_proven(docker: Docker, capsys: pytest.CaptureFixture[str]) -> None:
+    docker.pulls = [[layer("a", "Pulling fs layer"), layer("a", "Downloading", 50, 100), layer("a", "Pull complete")]]
+    fetch(docker)
+    assert docker.asked == [f"/images/create?fromImage=vllm%2Fvllm-openai%40sha256%3A{DIGEST[7:]}"]
+    assert capsys.readouterr().out.splitlines()[-1] == f"present: {IMAGE}"
+
+
+def test_an_image_under_another_digest_is_no_success(docker: Docker) -> None:
+    docker.has = ["vllm/vllm-openai@sha256:0"]
+    assert failure(docker, []) == f"Docker has no {IMAGE} after the pull, but vllm/vllm-openai@sha256:0"
+
+
+def test_progress_tells_bytes_rate_and_time() -> None:
+    progress = image_pull.Progress(4_000_000_000)
+    texts = [progress.text(0)]
+    for now, message in enumerate([
+        layer("a", "Pulling fs layer"),
+        layer("b", "Pulling fs layer"),
+        layer("a", "Downloading", 0, 1_000_000_000),
+        layer("a", "Downloading", 500_000_000, 1_000_000_000),
+        layer("a", "Download complete"),
+        layer("b", "Downloading", 1_000_000_000, 3_000_000_000),
+        layer("b", "Verifying Checksum"),
+        layer("a", "Extracting", 700_000_000, 1_000_000_000),
+        layer("c", "Already exists"),
+        layer("a", "Pull complete"),
+    ]):
+        progress.add(message)
+        texts.append(progress.text(now))
+    assert texts == [
+        "asking the registry",
+        "0 B of 4.0 GB",
+        "0 B of 4.0 GB",
+        "0 B of 4.0 GB",
+        "500 MB of 4.0 GB, 167 MB/s, ETA 21 s",
+        "1.0 GB of 4.0 GB, 250 MB/s, ETA 12 s",
+        "2.0 GB of 4.0 GB, 400 MB/s, ETA 5 s",
+        "unpacking, 0 B of 4.0 GB",
+        "unpacking, 700 MB of 4.0 GB",
+        "unpacking, 700 MB of 4.0 GB",
+        "unpacking, 1.0 GB of 4.0 GB",
+    ]
+
+
+def test_an_unreachable_registry_is_tried_again(docker: Docker) -> None:
+    down = error('Get "https://registry-1.docker.io/v2/": dial tcp 1.2.3.4:443: connect: connection refused')
+    docker.pulls = [down, down, []]
+    fetch(docker, attempts=3)
+    assert len(docker.asked) == 3
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("write /var/x: no space left on device", "the disk of Docker's directory /data/docker is full"),
+    ("filesystem layer verification failed for digest sha256:1", "what the registry sent for vllm/vllm-openai@"),
+    ("manifest unknown: manifest unknown", f"the registry has no {IMAGE}"),
+    ("toomanyrequests: You have reached your limit", "the registry answers 429"),
+    ("pull access denied for x", "the registry refuses"),
+    ("dial tcp: lookup r: no such host", "the registry cannot be reached: dial tcp"),
+    ("something new", "something new"),
+    ("", "Docker gives no reason"),
+])
+def test_what_docker_says_becomes_one_line(docker: Docker, text: str, says: str) -> None:
+    assert failure(docker, [{"error": text}]).startswith(says)
+
+
+def test_an_answer_that_is_no_stream(docker: Docker) -> None:
+    assert "has no" in failure(docker, b'{"message": "manifest for x not found"}')
+
+
+class Mirror(Quiet):
+    def do_GET(self) -> None:
+        status, body = self.server.reply  # type: ignore[attr-defined]
+        self.answer(status, body)
+
+
+@pytest.fixture
+def mirror() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
+    server.url = f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True, kwargs={"poll_interval": 0.01}).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(("reply", "says"), [
+    ((404, b""), "has no vllm/vllm-openai@sha256"),
+    ((503, b""), "answers 503 for"),
+    ((200, b"{}"), "it is damaged or was tampered with"),
+    ((200, MANIFEST), "the registry cannot be reached: dial tcp"),
+])
+def test_the_mirror_is_asked_what_docker_does_not_tell(docker: Docker, mirror: Any, reply: Any, says: str) -> None:
+    mirror.reply = reply
+    assert says in failure(docker, error("dial tcp: lookup registry-1.docker.io: no such host"), mirror=mirror.url)
+
+
+def test_a_mirror_that_is_down(docker: Docker) -> None:
+    down = error("dial tcp: lookup registry-1.docker.io: no such host")
+    says = failure(docker, down, mirror="http://127.0.0.1:9")
+    assert says.startswith("the registry mirror http://127.0.0.1:9 cannot be reached")
+
+
+def test_no_docker(tmp_path: Path) -> None:
+    with pytest.raises(image_pull.Failure, match="Docker does not answer"):
+        image_pull.fetch(IMAGE, 0, "", attempts=1, delay=0, path=str(tmp_path / "none"))
+
+
+def test_the_program_wants_a_digest() -> None:
+    command = [sys.executable, str(PROGRAM), "vllm/vllm-openai:x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("glm: error: vllm/vllm-openai:x has no digest")
