@@ -207,6 +207,19 @@ def test_the_mirror_is_asked_what_docker_does_not_tell(docker: Docker, mirror: A
     assert says in failure(docker, error("dial tcp: lookup registry-1.docker.io: no such host"), mirror=mirror.url)
 
 
+def test_dockers_journal_knows_more_of_the_mirror(
+    docker: Docker, mirror: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror.reply = (200, MANIFEST)
+    (tmp_path / "journalctl").write_text("#!/bin/sh\ncat <<'EOF'\n" + (
+        'level=info msg="Attempting next endpoint for pull after error: layer \\"a\\" verification failed" spanID=1\n'
+        'level=info msg="Attempting next endpoint for pull after error: no such host"\n') + "EOF\n")
+    (tmp_path / "journalctl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    says = failure(docker, error("dial tcp: no such host"), mirror=mirror.url)
+    assert says.endswith('(layer "a" verification failed)') and "has another digest" in says
+
+
 def test_a_mirror_that_is_down(docker: Docker) -> None:
     down = error("dial tcp: lookup registry-1.docker.io: no such host")
     says = failure(docker, down, mirror="http://127.0.0.1:9")
