@@ -13,7 +13,6 @@ from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
 
 KEY = re.compile(r"[A-Za-z0-9._~+/=-]{20,512}")
-HEADER = "# API keys of the endpoint, one a line. Add or delete lines and run the playbook again.\n"
 
 
 class Refused(Exception):
@@ -58,7 +57,7 @@ def generate(path: str) -> None:
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(f"{HEADER}sk-glm-{secrets.token_urlsafe(32)}\n")
+        file.write(f"sk-glm-{secrets.token_urlsafe(32)}\n")
 
 
 def check_private(path: str) -> None:
