@@ -29,7 +29,7 @@ vllm:num_requests_running{engine="0",model_name="glm-5.2-fp8"} 0.0
 vllm:generation_tokens_total{engine="0",model_name="a b } c"} 1024.0
 vllm:prefix_cache_hits_total{engine="0"} 7.0
 """
-ALL = ["health", "models_list", "exact_reply", "sum", "find_fact", "second_turn", "streaming", "thinking", "tool_call",
+ALL = ["health", "streaming", "models_list", "exact_reply", "sum", "find_fact", "second_turn", "thinking", "tool_call",
        "messages", "messages_stream", "count_tokens", "missing_key_refused", "wrong_key_refused",
        "unlisted_path_refused", "metrics_inside", "metrics_outside", "image_digest", "unit_state", "gpus_in_container"]
 CONTENT = {"exact_reply", "sum", "find_fact", "second_turn", "streaming", "thinking", "tool_call"}
@@ -371,6 +371,16 @@ def test_a_dead_edge_fails_every_check_of_it_with_one_line(node: Node) -> None:
     checks = node.checks()
     assert not any(check["ok"] for name, check in checks.items() if name in CONTENT | {"health", "models_list"})
     assert "127.0.0.1:9" in checks["sum"]["detail"] and "refused" in checks["sum"]["detail"]
+
+
+def test_a_stream_that_a_busy_machine_bunched_once_is_no_fault(node: Node) -> None:
+    def bunch_once(path: str, sent: list[Any]) -> list[Any]:
+        node.edge.stream_pause = 0.002 if node.edge.stream_pause == 0 else 0
+        return sent
+
+    node.edge.stream_pause = 0.002
+    node.edge.change_events = bunch_once
+    assert node.checks()["streaming"]["ok"]
 
 
 def test_an_edge_that_is_a_moment_behind_is_waited_for(node: Node) -> None:

@@ -18,7 +18,7 @@ ADMIN_SOCKET = "/run/haproxy/admin.sock"
 STATE_FILE = "/var/lib/haproxy/server-state"
 CONFIG = "/etc/haproxy/haproxy.cfg"
 LOADED = "/run/haproxy/loaded.cfg"
-TIMEOUT = 30.0
+TIMEOUT = 15.0
 
 
 def ask(command: str, path: str) -> str:
