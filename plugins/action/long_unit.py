@@ -48,10 +48,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                     f"{args['name']} is still at it after {elapsed:.0f} s"
                     f"{f' ({status})' if status else ''}; it was left running: journalctl -u {args['name']}")}
             follow.update(started=answer["phase"] != "lost", wait=min(WAIT, max(0.0, timeout - elapsed)),
-                          invocation=answer["invocation"], boot=answer["boot"])
+                          run_id=answer["run_id"], boot=answer["boot"])
             if answer["phase"] == "lost":  # the node went through a restart, and the run with it
                 Display().display(f"{host} · {args['name']} · the node was restarted: starting again")
-                follow.update(token=f"{follow['token']}+", invocation="", boot="")
+                follow.update(token=f"{follow['token']}+", run_id="", boot="")
 
     def _call(self, args: dict[str, Any], task_vars: dict[str, Any] | None,
               host: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:

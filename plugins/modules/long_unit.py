@@ -36,7 +36,7 @@ options:
       token: {description: Names one start, so that it is not repeated., type: str, required: true}
       wait: {description: Seconds to stay on the node., type: float, default: 5}
       started: {description: Whether the start was done., type: bool, default: false}
-      invocation: {description: systemd's id of the run., type: str, default: ""}
+      run_id: {description: systemd's id of the run., type: str, default: ""}
       boot: {description: The node's boot id when the run began., type: str, default: ""}
 author: glm-fleet
 """
@@ -116,7 +116,7 @@ class Unit:
             state = self.show()
             phase = self.phase(state)
             if is_starting(state):
-                self.follow["invocation"] = self.follow["invocation"] or state.get("InvocationID", "")
+                self.follow["run_id"] = self.follow["run_id"] or state.get("InvocationID", "")
             if phase == "failed":
                 return self._failed(state)
             if phase != "running" or time.monotonic() >= end:
@@ -124,7 +124,7 @@ class Unit:
             time.sleep(self.pause)
 
     def phase(self, state: dict[str, str]) -> str:
-        known, now = self.follow["invocation"], state.get("InvocationID", "")
+        known, now = self.follow["run_id"], state.get("InvocationID", "")
         if self.follow["boot"] not in ("", boot_id()):
             return "done" if is_active(state) else "lost"
         if state.get("SubState", "").startswith("auto-restart") or (known and now and known != now):
@@ -151,7 +151,7 @@ class Unit:
 
     def failure(self, state: dict[str, str], stderr: str) -> str:
         """One line that says what went wrong and where to read more."""
-        invocation = self.follow["invocation"] or state.get("InvocationID", "")
+        invocation = self.follow["run_id"] or state.get("InvocationID", "")
         self.command("journalctl", "--sync")
         lines: list[str] = []
         if invocation:
@@ -178,9 +178,10 @@ class Unit:
 
     def _report(self, phase: str, state: dict[str, str], message: str = "", changed: bool = True) -> dict[str, Any]:
         seen = is_starting(state) or is_active(state)
+        # not called "invocation": Ansible takes that key out of results
         return {"phase": phase, "changed": changed, "message": message, "status_text": self.status_text,
                 "boot": boot_id(),
-                "invocation": self.follow["invocation"] or (state.get("InvocationID", "") if seen else "")}
+                "run_id": self.follow["run_id"] or (state.get("InvocationID", "") if seen else "")}
 
 
 def is_active(state: dict[str, str]) -> bool:
@@ -210,7 +211,7 @@ def main() -> None:
                 "token": {"type": "str", "required": True, "no_log": False},
                 "wait": {"type": "float", "default": 5},
                 "started": {"type": "bool", "default": False},
-                "invocation": {"type": "str", "default": ""},
+                "run_id": {"type": "str", "default": ""},
                 "boot": {"type": "str", "default": ""}}},
         },
         supports_check_mode=True,
@@ -219,7 +220,7 @@ def main() -> None:
     if module.check_mode:
         state = unit.show()
         module.exit_json(phase="done", changed=module.params["restart"] or not is_active(state),
-                         status_text=unit.status_text, message="", boot="", invocation="")
+                         status_text=unit.status_text, message="", boot="", run_id="")
     module.exit_json(**(unit.watch() if unit.follow["started"] else unit.start()))
 
 

@@ -61,7 +61,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def unit(systemd: Systemd, restart: bool = False, reload_units: bool = False, **follow: Any) -> Any:
     params = {"name": "x.service", "restart": restart, "reload_units": reload_units,
-              "follow": {"token": "t", "wait": 0.05, "started": False, "invocation": "", "boot": "", **follow}}
+              "follow": {"token": "t", "wait": 0.05, "started": False, "run_id": "", "boot": "", **follow}}
     return module.Unit(params, systemd, pause=0.0)
 
 
@@ -91,8 +91,8 @@ def test_a_short_run_ends_in_the_first_call(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_long_run_is_handed_on_and_then_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     client(monkeypatch, None)
     first = unit(Systemd([IDLE, BUSY])).start()
-    assert (first["phase"], first["invocation"], first["status_text"]) == ("running", "aa", "1 GB of 2 GB")
-    watched = unit(Systemd([BUSY, IDLE]), started=True, invocation="aa", boot="boot1").watch()
+    assert (first["phase"], first["run_id"], first["status_text"]) == ("running", "aa", "1 GB of 2 GB")
+    watched = unit(Systemd([BUSY, IDLE]), started=True, run_id="aa", boot="boot1").watch()
     assert watched["phase"] == "done" and watched["status_text"] == "1 GB of 2 GB"
 
 
@@ -143,24 +143,24 @@ def test_other_failures(monkeypatch: pytest.MonkeyPatch, state: dict[str, str], 
 
 
 def test_systemds_own_second_try_is_a_failure() -> None:
-    known = {"started": True, "invocation": "aa", "boot": "boot1"}
+    known = {"started": True, "run_id": "aa", "boot": "boot1"}
     assert unit(Systemd([AGAIN]), **known).watch()["phase"] == "failed"
     assert unit(Systemd([{**SERVING, "InvocationID": "bb"}]), **known).watch()["phase"] == "failed"
 
 
 def test_a_run_that_was_stopped_has_not_ended() -> None:
     systemd = Systemd([IDLE], "downloading\n", finished="")
-    answer = unit(systemd, started=True, invocation="aa", boot="boot1").watch()
+    answer = unit(systemd, started=True, run_id="aa", boot="boot1").watch()
     assert answer["phase"] == "failed" and "x.service: downloading" in answer["message"]
 
 
 def test_a_run_that_a_reboot_ended_is_lost() -> None:
-    assert unit(Systemd([IDLE]), started=True, invocation="aa", boot="boot0").watch()["phase"] == "lost"
-    assert unit(Systemd([SERVING]), started=True, invocation="bb", boot="boot0").watch()["phase"] == "done"
+    assert unit(Systemd([IDLE]), started=True, run_id="aa", boot="boot0").watch()["phase"] == "lost"
+    assert unit(Systemd([SERVING]), started=True, run_id="bb", boot="boot0").watch()["phase"] == "done"
 
 
 def answer(phase: str, **more: Any) -> dict[str, Any]:
-    return {"phase": phase, "changed": True, "status_text": "", "message": "", "invocation": "aa", "boot": "b", **more}
+    return {"phase": phase, "changed": True, "status_text": "", "message": "", "run_id": "aa", "boot": "b", **more}
 
 
 def follow(monkeypatch: pytest.MonkeyPatch, answers: list[Any], **args: Any) -> tuple[dict[str, Any], list[Any], str]:
