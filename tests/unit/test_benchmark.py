@@ -26,7 +26,10 @@ CLIENT = yaml.safe_load((ROOT / "engines" / "vllm" / "benchmark.yml").read_text(
 ROLE = yaml.safe_load((ROOT / "roles" / "benchmark" / "vars" / "main.yml").read_text(encoding="utf-8"))
 FULL = ROLE["__benchmark_workloads"]["full"]
 REFERENCE = ROLE["__benchmark_tables"]
-RAW = json.loads((ROOT / "tests" / "fixtures" / "benchmark" / "vllm.json").read_text(encoding="utf-8"))
+FIXTURES = ROOT / "tests" / "fixtures" / "benchmark"
+# guide.json: the guide's second table in the form of the client's result. vllm.json: a result of vLLM 0.32 on a CPU.
+RAW = json.loads((FIXTURES / "guide.json").read_text(encoding="utf-8"))
+MEASURED = json.loads((FIXTURES / "vllm.json").read_text(encoding="utf-8"))
 
 # What `docker exec` does, without a container: it runs the command here.
 DOCKER = """#!/bin/sh
@@ -66,6 +69,17 @@ def test_the_names_are_the_contracts() -> None:
     assert figures["workload"] == {**FULL, "seed": 7}
     assert all(list(figures[name]) == ["mean", "p50", "p90", "p99"] for name in CLIENT["latencies"])
     assert None not in [value for name in CLIENT["latencies"] for value in figures[name].values()]
+
+
+def test_a_result_of_the_real_client_is_read_in_full() -> None:
+    workload = {"input_len": 256, "output_len": 64, "num_prompts": 16, "max_concurrency": 4}
+    figures = plugin.benchmark_result(MEASURED, CLIENT, {**workload, "seed": 7}, REFERENCE)
+    assert plugin.benchmark_finding(figures) == ""
+    assert figures["output_tok_s"] == pytest.approx(1339.391)
+    assert figures["per_user_tok_s"] == pytest.approx(334.848)
+    assert figures["ttft_ms"] == pytest.approx({"mean": 31.792, "p50": 31.333, "p90": 39.198, "p99": 39.395})
+    assert all(value > 0 for name in CLIENT["latencies"] for value in figures[name].values())
+    assert figures["reference"] == []
 
 
 def test_the_reference_is_of_the_same_workload_only() -> None:
@@ -180,6 +194,13 @@ def test_a_container_that_is_not_there(program: ModuleType, tmp_path: Path) -> N
     (tmp_path / "bin" / "docker").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
     with pytest.raises(program.BenchmarkError, match="glm-engine is not running: see systemctl status glm-engine"):
         program.benchmark(plan(tmp_path, "true"))
+
+
+def test_a_container_that_ends_meanwhile(program: ModuleType, tmp_path: Path) -> None:
+    docker = tmp_path / "bin" / "docker"
+    script = f"printf '#!/bin/sh\nexit 1\n' >{docker}.new; chmod +x {docker}.new; mv {docker}.new {docker}; exit 137"
+    with pytest.raises(program.BenchmarkError, match="ended during the benchmark: see journalctl -u glm-engine"):
+        program.benchmark(plan(tmp_path, script))
 
 
 def test_a_stop_ends_the_client_too(program: ModuleType, tmp_path: Path) -> None:

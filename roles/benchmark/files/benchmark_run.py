@@ -76,6 +76,10 @@ def in_container(container: str, *command: str) -> subprocess.CompletedProcess[s
     return subprocess.run(["docker", "exec", container, *command], capture_output=True, text=True, check=False)
 
 
+def runs(container: str) -> bool:
+    return in_container(container, "true").returncode == 0
+
+
 def stop_client(container: str) -> None:
     """`docker exec` does not pass signals on, so the client is ended from within."""
     in_container(container, "sh", "-c", f'kill "$(cat {PID})"')
@@ -98,6 +102,8 @@ def run_client(plan: dict[str, Any], seed: int) -> None:
                 print(line, flush=True)
                 said = [*said[-9:], line.strip()]
     if client.returncode != 0:
+        if not runs(container):
+            raise BenchmarkError(f"container {container} ended during the benchmark: see journalctl -u glm-engine")
         last = said[-1] if said else "it said nothing"
         raise BenchmarkError(f"{plan['client']} ended with {client.returncode}: {last}")
 
@@ -136,7 +142,7 @@ def utc_now() -> str:
 
 def benchmark(plan: dict[str, Any]) -> Path:
     container = plan["container"]
-    if in_container(container, "true").returncode != 0:
+    if not runs(container):
         raise BenchmarkError(f"container {container} is not running: see systemctl status glm-engine")
 
     def stopped(_signal: int, _frame: FrameType | None) -> NoReturn:
