@@ -1,0 +1,86 @@
+"""Templates of the container runtime and the image pull, rendered by Ansible, read by the programs they are for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+IMAGE = {"pull_ref": f"vllm/vllm-openai@sha256:{'ab' * 32}", "size_bytes": 15_000_000_000}
+NEW = {"running": False, "version": None, "daemon_json": None, "containers_running": []}
+OLD = {"running": True, "version": "27.5.1", "containers_running": [],
+       "daemon_json": {"runtimes": {"nvidia": {"path": "nvidia-container-runtime"}}, "log-driver": "json-file"}}
+EXPRESSIONS = {
+    "config": "lookup('ansible.builtin.template', 'daemon.json.j2')",
+    "preferences": "lookup('ansible.builtin.template', 'nvidia-container-toolkit.pref.j2')",
+    "unit": "lookup('ansible.builtin.template', 'glm-image-pull.service.j2')",
+    "packages": "__container_runtime_packages",
+    "changes": "__container_runtime_config_changes",
+    "restart": "__container_runtime_restart",
+    "present": "__engine_image_present",
+}
+
+
+def render(directory: Path, docker: dict[str, Any], **variables: Any) -> dict[str, Any]:
+    roles = [ROOT / "roles" / name / kind / "main.yml" for name in ("container_runtime", "engine_image")
+             for kind in ("defaults", "vars")]
+    node = {"docker": docker, "container_toolkit": None, "units": {}, "cdi": {"devices": []}}
+    play = {
+        "hosts": "localhost", "connection": "local", "gather_facts": False, "vars_files": [str(path) for path in roles],
+        "tasks": [{"ansible.builtin.copy": {
+            "content": "{{ {" + ", ".join(f"'{key}': {text}" for key, text in EXPRESSIONS.items()) + "} | to_json }}",
+            "dest": str(directory / "out.json"), "mode": "0600"}}],
+    }  # fmt: skip
+    (directory / "play.yml").write_text(yaml.safe_dump([play]))
+    (directory / "vars.yml").write_text(yaml.safe_dump({
+        "container_runtime_node": node, "__engine_image": IMAGE, "ansible_facts": {"distribution": "Debian"},
+        "ansible_python_interpreter": sys.executable, **variables,
+    }))  # fmt: skip
+    (directory / "templates").symlink_to(ROOT / "templates")
+    done = subprocess.run(["ansible-playbook", "-i", "localhost,", "-e", "@vars.yml", "play.yml"], cwd=directory,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return dict(json.loads((directory / "out.json").read_text()))
+
+
+def test_a_new_docker(tmp_path: Path) -> None:
+    out = render(tmp_path, NEW, container_runtime_registry_mirrors=["http://mirror:5000"])
+    assert json.loads(out["config"]) == {
+        "features": {"cdi": True}, "live-restore": True, "log-driver": "local",
+        "log-opts": {"max-file": "3", "max-size": "50m"}, "registry-mirrors": ["http://mirror:5000"]}  # fmt: skip
+    assert out["packages"][:3] == ["docker-ce", "docker-ce-cli", "containerd.io"]
+    assert "nvidia-container-toolkit=1.20.0-*" in out["packages"] and not out["restart"]
+    assert "Pin: version 1.20.0-*" in out["preferences"]
+
+
+def test_an_adopted_docker_keeps_what_it_has(tmp_path: Path) -> None:
+    out = render(tmp_path, OLD)
+    assert json.loads(out["config"]) == {
+        **OLD["daemon_json"], "features": {"cdi": True}, "live-restore": True}  # fmt: skip
+    assert sorted(out["changes"]) == ["features", "live-restore"]
+    assert out["restart"], "Docker 27 takes the feature CDI at its start alone"
+    assert not any("docker" in name for name in out["packages"])
+
+
+def test_a_converged_docker_is_left_alone(tmp_path: Path) -> None:
+    config = {"features": {"cdi": True, "other": False}, "live-restore": True}
+    out = render(tmp_path, {**OLD, "version": "28.1.0", "daemon_json": config})
+    assert out["changes"] == [] and not out["restart"]
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
+    out = render(tmp_path, NEW, engine_image_mirror="http://mirror:5000")
+    assert f"--mirror http://mirror:5000 \\\n  {IMAGE['pull_ref']}\n" in out["unit"] and not out["present"]
+    unit = tmp_path / "glm-image-pull.service"
+    here = out["unit"].replace("/opt/glm/bin/image-pull", "/bin/true").replace("Requires=docker.service\n", "")
+    unit.write_text(here)
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
