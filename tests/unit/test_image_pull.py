@@ -68,7 +68,7 @@ class Docker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
 
 class DockerHandler(Quiet):
-    server: Docker  # type: ignore[assignment]
+    server: Docker
 
     def address_string(self) -> str:
         return "unix"

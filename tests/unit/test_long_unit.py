@@ -143,7 +143,7 @@ def test_other_failures(monkeypatch: pytest.MonkeyPatch, state: dict[str, str], 
 
 
 def test_systemds_own_second_try_is_a_failure() -> None:
-    known = {"started": True, "run_id": "aa", "boot": "boot1"}
+    known: dict[str, Any] = {"started": True, "run_id": "aa", "boot": "boot1"}
     assert unit(Systemd([AGAIN]), **known).watch()["phase"] == "failed"
     assert unit(Systemd([{**SERVING, "InvocationID": "bb"}]), **known).watch()["phase"] == "failed"
 

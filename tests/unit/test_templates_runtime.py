@@ -15,7 +15,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = {"pull_ref": f"vllm/vllm-openai@sha256:{'ab' * 32}", "size_bytes": 15_000_000_000}
 NEW = {"running": False, "version": None, "daemon_json": None, "containers_running": []}
-OLD = {"running": True, "version": "27.5.1", "containers_running": [],
+OLD: dict[str, Any] = {"running": True, "version": "27.5.1", "containers_running": [],
        "daemon_json": {"runtimes": {"nvidia": {"path": "nvidia-container-runtime"}}, "log-driver": "json-file"}}
 EXPRESSIONS = {
     "config": "lookup('ansible.builtin.template', 'daemon.json.j2')",
@@ -31,7 +31,7 @@ EXPRESSIONS = {
 def render(directory: Path, docker: dict[str, Any], **variables: Any) -> dict[str, Any]:
     roles = [ROOT / "roles" / name / kind / "main.yml" for name in ("container_runtime", "engine_image")
              for kind in ("defaults", "vars")]
-    node = {"docker": docker, "container_toolkit": None, "units": {}, "cdi": {"devices": []}}
+    node: dict[str, Any] = {"docker": docker, "container_toolkit": None, "units": {}, "cdi": {"devices": []}}
     play = {
         "hosts": "localhost", "connection": "local", "gather_facts": False, "vars_files": [str(path) for path in roles],
         "tasks": [{"ansible.builtin.copy": {
