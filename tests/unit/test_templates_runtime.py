@@ -14,7 +14,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = {"pull_ref": f"vllm/vllm-openai@sha256:{'ab' * 32}", "size_bytes": 15_000_000_000}
-NEW = {"running": False, "version": None, "daemon_json": None, "containers_running": []}
+NEW: dict[str, Any] = {"running": False, "version": None, "daemon_json": None, "containers_running": []}
 OLD: dict[str, Any] = {"running": True, "version": "27.5.1", "containers_running": [],
        "daemon_json": {"runtimes": {"nvidia": {"path": "nvidia-container-runtime"}}, "log-driver": "json-file"}}
 EXPRESSIONS = {
