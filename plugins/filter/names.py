@@ -37,6 +37,19 @@ def duplicate_addresses(hosts: Iterable[str], hostvars: Mapping[str, Mapping[str
     ]
 
 
+def differing_settings(
+    hosts: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]], names: Iterable[str]
+) -> list[str]:
+    """One line for each setting of the whole fleet that the inventory sets differently for some hosts."""
+    chosen = list(hosts)
+    return [
+        f"{name}: differs between the nodes, but one value serves the whole fleet: set it once, in group_vars/all"
+        for name in names
+        if len({str(hostvars[host].get(name, "")) for host in chosen}) > 1
+    ]
+
+
 class FilterModule:
     def filters(self) -> dict[str, Callable[..., Any]]:
-        return {"unknown_variables": unknown_variables, "duplicate_addresses": duplicate_addresses}
+        return {"unknown_variables": unknown_variables, "duplicate_addresses": duplicate_addresses,
+                "differing_settings": differing_settings}
