@@ -10,7 +10,6 @@ BIN := $(VENV)/bin
 # Wheels, checkpoints and keys of the test images, kept across clones.
 export GLM_CACHE ?= $(HOME)/.cache/glm-fleet
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-export ANSIBLE_FORCE_COLOR ?= $(if $(MAKE_TERMOUT),1,0)
 
 .PHONY: help
 help: ## List the targets
@@ -34,7 +33,9 @@ engine: ## Provide a Docker engine where there is none
 
 .PHONY: demo
 demo: venv engine ## Turn a bare node in a container into a verified endpoint
-	@echo "==> Test images and the bare node"
+	@echo "==> Test images"
+	@molecule/shared/build-images node-debian13:driver-570 mirror engine model
+	@echo "==> The bare node and its mirror"
 	@ansible-playbook molecule/shared/create.yml -i inventory/demo
 	@echo "==> site.yml over the node"
 	@ansible-playbook site.yml -i inventory/demo
@@ -66,7 +67,6 @@ bench: venv engine ## Wall time, controller CPU and round trips for 1, 4 and 16 
 
 .PHONY: clean
 clean: venv ## Remove everything that make has made: nodes, images, engine, environment
-	@ansible-playbook molecule/shared/destroy.yml -i inventory/demo
-	@molecule/shared/docker-engine clean
+	@ansible-playbook molecule/shared/destroy.yml -i inventory/demo -e testbed_purge=true
 	@molecule/shared/docker-engine down
-	@rm -rf $(VENV)
+	@rm -rf $(VENV) .cache

@@ -54,7 +54,7 @@ class File:
 def listing(folder: Path, extra: bytes) -> dict[str, File]:
     """Every file of the folder with its size and hashes; `extra` is added to the README."""
     files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob("[!.]*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         tail = extra if name == "README.md" else b""
         data = path.read_bytes() + tail
