@@ -1,0 +1,84 @@
+#!/usr/bin/env python3
+"""Asks a running engine every question that the small checkpoint was taught:   check.py URL [--codes 20]
+
+It fails on the first thing that is not as roles/verify/files/questions.yml expects it. The role `verify` asks more, and
+once; this asks for many codes, which shows how sure the checkpoint is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import requests
+import yaml
+
+QUESTIONS = Path(__file__).resolve().parents[3] / "roles/verify/files/questions.yml"
+
+
+class Asker:
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.session = requests.Session()
+        self.session.trust_env = False
+        self.model = self.session.get(f"{url}/v1/models", timeout=10).json()["data"][0]["id"]
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        whole = {"model": self.model, "temperature": 0, "max_tokens": 256, **body}
+        answer = self.session.post(self.url + path, json=whole, timeout=120)
+        answer.raise_for_status()
+        return answer.json()
+
+    def chat(self, turns: list[dict[str, str]], thinking: bool, **more: Any) -> dict[str, Any]:
+        # Thinking is what the model does unless it is told otherwise.
+        kwargs = {} if thinking else {"chat_template_kwargs": {"enable_thinking": False}}
+        message: dict[str, Any] = self.post("/v1/chat/completions", {"messages": turns, **kwargs, **more})["choices"][0][
+            "message"
+        ]
+        return message
+
+
+def expect(name: str, seen: object, wanted: object) -> None:
+    if seen != wanted:
+        sys.exit(f"check · {name} · {seen!r}, wanted {wanted!r}")
+    print(f"check · {name} · {seen!r}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("url")
+    parser.add_argument("--codes", type=int, default=20)
+    options = parser.parse_args()
+    ask = Asker(options.url)
+    for name, question in yaml.safe_load(QUESTIONS.read_text()).items():
+        turn = {"role": "user", "content": question["prompt"]}
+        if name == "find_fact":
+            for _ in range(options.codes):
+                code = str(random.randrange(1000, 10000))
+                sentences = [question["filler"]] * question["repeat"]
+                sentences.insert(random.randint(0, len(sentences)), question["fact"].format(code=code))
+                turn = {"role": "user", "content": " ".join([f"[{random.getrandbits(32):08x}]", *sentences, turn["content"]])}
+                expect(name, ask.chat([turn], False)["content"], code)
+                turn = {"role": "user", "content": question["prompt"]}
+        elif name == "messages":
+            blocks = ask.post("/v1/messages", {"messages": [turn]})["content"]
+            expect(name, [block["text"] for block in blocks if block["type"] == "text"], [question["expect"]])
+        elif "tool" in question:
+            tools = [{"type": "function", "function": question["tool"]}]
+            calls = ask.chat([turn], question["thinking"], tools=tools)["tool_calls"]
+            expect(name, [json.loads(call["function"]["arguments"]) for call in calls], [question["expect_arguments"]])
+        else:
+            for thinking in (False, True):
+                message = ask.chat([turn], thinking)
+                expect(f"{name}, thinking {thinking}", (message["content"] or "").strip(), question["expect"])
+                expect(f"{name}, reasoning apart", bool(message.get("reasoning")), thinking)
+            again = [turn, {"role": "assistant", "content": question["expect"]}, turn]
+            expect(f"{name}, second turn", (ask.chat(again, False)["content"] or "").strip(), question["expect"])
+
+
+if __name__ == "__main__":
+    main()
