@@ -1,0 +1,101 @@
+"""Mistakes in the inventory: refused on the controller, before any node is contacted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from testbed import Play
+
+HOSTS = {"node-a": {"ansible_host": "198.18.66.250"}, "node-b": {"ansible_host": "198.18.66.251"}}
+SAME = {"node-a": {"ansible_host": "198.18.66.250"}, "node-b": {"ansible_host": "198.18.66.250"}}
+
+# hosts, settings, the one line for each node
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "unknown engine": (
+        HOSTS,
+        {"glm_engine": "vlm"},
+        ["glm_engine: there is no engine vlm: set one of sglang, vllm"],
+    ),
+    "unknown profile": (
+        HOSTS,
+        {"glm_profile": "fast"},
+        ["glm_profile: vllm has no profile fast: set one of reference"],
+    ),
+    "misspelled setting": (
+        HOSTS,
+        {"glm_registry_miror": "http://mirror"},
+        ["glm_registry_miror: there is no such setting: did you mean glm_registry_mirror?"],
+    ),
+    "nothing like a setting": (
+        HOSTS,
+        {"glm_zzz": 1},
+        ["glm_zzz: there is no such setting: remove it, or see the list of settings"],
+    ),
+    "two nodes with one address": (
+        SAME,
+        {},
+        ["inventory: node-a and node-b have one address (found 198.18.66.250 port 22 2 times, wanted one node an "
+         "address): give each its own ansible_host, or remove the extra name"],
+    ),
+    "nodes that would serve different things": (
+        {"node-a": HOSTS["node-a"] | {"glm_model_revision": "1" * 40}, "node-b": HOSTS["node-b"]},
+        {},
+        ["glm_model_revision: differs between the nodes, but one value serves the whole fleet: set it once, in "
+         "group_vars/all"],
+    ),
+    "equal ports": (
+        HOSTS,
+        {"glm_port": 8001},
+        ["glm_port: 8001 is the engine port too: set glm_port or glm_engine_port to another port"],
+    ),
+    "all of these at once": (
+        SAME,
+        {"glm_engine": "vlm", "glm_benchmrk": "none", "glm_port": 9000, "glm_engine_port": 9000},
+        ["glm_benchmrk: there is no such setting: did you mean glm_benchmark?",
+         "glm_engine: there is no engine vlm: set one of",
+         "glm_port: 9000 is the engine port too",
+         "inventory: node-a and node-b have one address"],
+    ),
+    "reserved and doubled flags": (
+        HOSTS,
+        {"glm_engine_extra_args": {"--port": 9, "--tp": 4, "--tensor-parallel-size": 8, "max": 1}},
+        ["glm_engine_extra_args: --port is not for here: set glm_engine_port",
+         "glm_engine_extra_args: --tp and --tensor-parallel-size are the same flag: keep one of them",
+         "glm_engine_extra_args: 'max' is not a flag: write it as --name"],
+    ),
+    "environment that no file can hold": (
+        HOSTS,
+        {"glm_engine_extra_env": {"A-B": "1", "TWO": "a\nb"}},
+        ["glm_engine_extra_env: 'A-B' is not a name of an environment variable",
+         "glm_engine_extra_env: the value of TWO holds a line break, which an environment file cannot"],
+    ),
+    "value of another type": (
+        HOSTS,
+        {"glm_port": "eight"},
+        ["argument 'glm_port' is of type str and we were unable to convert to int"],
+    ),
+    "value that is no choice": (
+        HOSTS,
+        {"glm_auth": "key"},
+        ["value of glm_auth must be one of: keys, none, got: key"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_inventory(name: str, play: Play, tmp_path: Path) -> None:
+    hosts, settings, wanted = CASES[name]
+    inventory = tmp_path / "hosts.yml"
+    inventory.write_text(
+        yaml.safe_dump({"all": {"children": {"nodes": {"hosts": hosts, "vars": settings}}}}, sort_keys=False)
+    )
+    run = play(inventory=inventory, seconds=60)
+    assert run.code != 0
+    for line in wanted:
+        # Each node says it once.
+        assert len(run.lines(line)) == len(hosts), f"not once a node: {line}\n{run.output}"
+    assert "[WARNING]" not in run.errors
+    assert not set(run.trips) & set(hosts), f"a node was contacted: {run.trips}"
