@@ -19,7 +19,7 @@ $(VENV)/.done: requirements.txt requirements-test.txt
 	@echo "==> Python environment in $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "make: $(PYTHON) is older than 3.11: set PYTHON=python3.11 or newer" >&2; exit 2; }
-	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || molecule/shared/docker-engine packages python3-venv
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || molecule/shared/docker-engine up # brings python3-venv
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet -r requirements-test.txt
 	@touch $@
