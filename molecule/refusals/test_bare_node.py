@@ -56,9 +56,10 @@ PINNED = {
     "set glm_model_revision to a commit of the model",
 }
 GONE = {
-    "image": r"registry mirror http://198\.18\.66\.2:5000 has no vllm/vllm-openai@sha256:0{64} \(404\): set glm_image to one that it has",
+    "image": r"registry mirror http://198\.18\.66\.2:5000 has no vllm/vllm-openai@sha256:0{64} \(404\): "
+    "set glm_image to one that it has",
     "weights": r"the hub at http://198\.18\.66\.2:8081 answers 503 \(Service Unavailable\) for revision 1{40} of "
-    r"zai-org/GLM-5\.2-FP8: try again later, or set glm_hf_endpoint to a mirror",
+    r"zai-org/GLM-5\.2-FP8: try again later, or set glm_hf_endpoint",
 }
 WANTED = {"unfit machine": UNFIT, "driver upgraded": UPGRADED, "pinned": PINNED, "gone": GONE}
 

@@ -10,6 +10,8 @@ from typing import Any
 GIB = 1024**3
 # Where the loaded driver does not tell which CUDA it supports: the first branch of each CUDA major version.
 FIRST_BRANCH_OF_CUDA = {12: 525, 13: 580}
+# In the errors of image_digest and hub_manifest; a node that does not get there either says so itself.
+NOT_REACHED = "cannot be reached"
 
 
 @dataclass(frozen=True)
@@ -253,9 +255,13 @@ def engine_port(c: Context) -> Iterator[Finding]:
     yield from port_in_use(c, c.wanted["engine_port"], "engine", "glm_engine_port", ours)
 
 
+def reaches(c: Context, name: str) -> bool:
+    return bool(c.node["urls"].get(name, {"ok": True})["ok"])
+
+
 def unreachable(c: Context, name: str, setting: str) -> Iterator[Finding]:
-    probe = c.node["urls"].get(name, {"ok": True})
-    if not probe["ok"]:
+    if not reaches(c, name):
+        probe = c.node["urls"][name]
         yield Finding(
             name,
             f"the node does not reach {c.wanted['urls'][name]} (found {probe['error']}, wanted an answer)",
@@ -287,20 +293,24 @@ def unneeded_hub(c: Context) -> Iterator[Finding]:
         yield from unreachable(c, "hub", "glm_hf_endpoint")
 
 
+def from_module(check: str, error: str) -> Finding:
+    """The error of image_digest or hub_manifest, which ends in what to do."""
+    text, _, fix = error.rpartition(": ")
+    return Finding(check, text, fix)
+
+
 @refusal
 def image(c: Context) -> Iterator[Finding]:
-    if c.wanted["image_error"]:
-        yield Finding("image", c.wanted["image_error"], "check glm_image and glm_registry_mirror")
+    error = c.wanted["image_error"]
+    if error and not (NOT_REACHED in error and not c.image_present and not reaches(c, "registry")):
+        yield from_module("image", error)
 
 
 @refusal
 def weights(c: Context) -> Iterator[Finding]:
-    if c.wanted["weights_error"]:
-        yield Finding(
-            "weights",
-            c.wanted["weights_error"],
-            "check glm_model, glm_model_revision, glm_hf_endpoint and glm_hf_token_file",
-        )
+    error = c.wanted["weights_error"]
+    if error and not (NOT_REACHED in error and not c.weights_present and not reaches(c, "hub")):
+        yield from_module("weights", error)
 
 
 # ---- driver

@@ -128,7 +128,8 @@ class Hub:
             following = urllib.parse.urljoin(url, link.group(1)) if link else ""
         # The token goes to the hub alone.
         if following and urllib.parse.urlsplit(following).netloc != urllib.parse.urlsplit(url).netloc:
-            raise HubError(f"the hub at {self.endpoint} sends its file list on to another host ({following})")
+            raise HubError(f"the hub at {self.endpoint} sends its file list on to another host ({following}): "
+                           "set glm_hf_endpoint to a hub that does not")
         return body, following
 
     def revision_url(self, repo: str, revision: str) -> str:
@@ -141,7 +142,8 @@ class Hub:
         try:
             commit = str(self.get(self.revision_url(repo, revision))[0]["sha"])
             if not re.fullmatch(r"[0-9a-f]{40}", commit):
-                raise HubError(f"the hub at {self.endpoint} names no commit for revision {revision} of {repo}")
+                raise HubError(f"the hub at {self.endpoint} names no commit for revision {revision} of {repo}: "
+                               "check glm_hf_endpoint")
             page = f"{self.endpoint}/api/models/{repo}/tree/{commit}?recursive=true&expand=false"
             entries: list[dict[str, Any]] = []
             while page:
@@ -176,7 +178,7 @@ class Hub:
             when = f"in {wait} s" if wait else "in a few minutes"
             return f"{said} (too many requests): try again {when}, or set glm_hf_token_file for a higher limit"
         what = f"{said} ({exc.reason}) for revision {revision} of {repo}"
-        return f"{what}: try again later, or set glm_hf_endpoint to a mirror" if exc.code >= 500 else what
+        return f"{what}: {'try again later, or set' if exc.code >= 500 else 'check'} glm_hf_endpoint"
 
     def has_repo(self, exc: urllib.error.HTTPError, repo: str) -> bool:
         """Whether a 404 is about the revision: by the hub's error code, else by asking for the repository."""
@@ -209,7 +211,8 @@ def build_manifest(repo: str, commit: str, entries: list[dict[str, Any]]) -> dic
         path = str(entry["path"])
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts or not pure.parts:
-            raise HubError(f"the hub lists a file outside of {repo}: {path!r}; nothing is downloaded from it")
+            raise HubError(f"the hub lists a file outside of {repo}: {path!r}; nothing is downloaded from it: "
+                           "check glm_model and glm_hf_endpoint")
         lfs = entry.get("lfs")
         files.append(
             {

@@ -76,7 +76,7 @@ image:
     size_bytes: {description: Bytes to download., type: int}
     entrypoint: {description: Entry point of the image., type: list, elements: str}
 error:
-  description: One line on what went wrong; empty if nothing did.
+  description: One line on what went wrong and what to do; empty if nothing did.
   returned: always
   type: str
 """
@@ -88,6 +88,7 @@ MANIFEST_TYPES = ("application/vnd.oci.image.manifest.v1+json", "application/vnd
 REFERENCE = re.compile(
     r"(?P<name>[a-z0-9][a-z0-9._/:-]*?)(:(?P<tag>\w[\w.-]{0,127}))?(@(?P<digest>sha256:[0-9a-f]{64}))?"
 )
+OTHER_MIRROR = "set glm_registry_mirror to another mirror"
 LARGEST = 16 << 20  # of a manifest or a configuration
 
 
@@ -136,14 +137,14 @@ class Registry:
         claimed = which if which.startswith("sha256:") else headers.get("Docker-Content-Digest", digest)
         if claimed != digest:
             raise Problem(f"{self.name} sent a manifest of {self.path} with the digest {digest}, not {claimed}: "
-                          "it is damaged or was tampered with")
+                          f"it is damaged or was tampered with: {OTHER_MIRROR}")
         return parse(body, self.name), digest
 
     def blob(self, digest: str) -> dict[str, Any]:
         body, _ = self._get(f"blobs/{digest}", "*/*")
         if sha256(body) != digest:
             raise Problem(f"{self.name} sent a configuration of {self.path} with another digest than {digest}: "
-                          "it is damaged or was tampered with")
+                          f"it is damaged or was tampered with: {OTHER_MIRROR}")
         return parse(body, self.name)
 
     def _get(self, what: str, accept: str) -> tuple[bytes, Any]:
@@ -185,7 +186,8 @@ class Registry:
                 if last or isinstance(problem, ValueError):
                     reason = getattr(problem, "reason", problem)
                     text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-                    raise Problem(f"{self.name} cannot be reached: {text}") from None
+                    raise Problem(f"{self.name} cannot be reached ({text}): open the way from the node, or "
+                                  f"{OTHER_MIRROR}") from None
             time.sleep(attempt + 1)
         raise AssertionError("unreachable")
 
@@ -193,12 +195,13 @@ class Registry:
         asked = what.partition("/")[2]
         image = f"{self.path}@{asked}" if asked.startswith("sha256:") else f"{self.path}:{asked}"
         if answer.code == 404:
-            return f"{self.name} has no {image} (404)"
+            return f"{self.name} has no {image} (404): set glm_image to one that it has"
         if answer.code in (401, 403):
-            return f"{self.name} refuses {image} ({answer.code}): it does not exist there, or needs a login"
+            return (f"{self.name} refuses {image} ({answer.code}): it does not exist there, or needs a "
+                    "login: set glm_image to one that it has, or glm_registry_mirror to a mirror that needs none")
         if answer.code == 429:
             return f"{self.name} answers 429, too many requests: try later, or set glm_registry_mirror"
-        return f"{self.name} answers {answer.code} for {image}"
+        return f"{self.name} answers {answer.code} for {image}: try later, or {OTHER_MIRROR}"
 
 
 def sha256(body: bytes) -> str:
@@ -211,7 +214,7 @@ def parse(body: bytes, source: str) -> dict[str, Any]:
     except ValueError:
         data = None
     if not isinstance(data, dict):
-        raise Problem(f"{source} does not answer as a registry does: is the address right?")
+        raise Problem(f"{source} does not answer as a registry does: check glm_registry_mirror and glm_image")
     return data
 
 
@@ -223,7 +226,8 @@ def select(index: dict[str, Any], platform: str, name: str) -> str:
         offered.setdefault(f"{of.get('os')}/{of.get('architecture')}", entry["digest"])
     if platform not in offered:
         raise Problem(f"{name} has no image for {platform}, only for "
-                      f"{', '.join(sorted(key for key in offered if 'unknown' not in key)) or 'nothing'}")
+                      f"{', '.join(sorted(key for key in offered if 'unknown' not in key)) or 'nothing'}: "
+                      "set glm_image to one for it")
     return offered[platform]
 
 
@@ -243,7 +247,9 @@ def resolve(ref: str, mirror: str, platform: str, timeout: int, retries: int) ->
     if "manifests" in manifest:
         manifest, _ = registry.manifest(select(manifest, platform, ref))
     if "config" not in manifest or "layers" not in manifest:
-        raise Problem(f"{ref} has a manifest of a kind that is not supported ({manifest.get('mediaType', 'schema 1')})")
+        kind = manifest.get("mediaType", "schema 1")
+        raise Problem(f"{ref} has a manifest of a kind that is not supported ({kind}): "
+                      "set glm_image to another build")
     config = registry.blob(manifest["config"]["digest"]).get("config") or {}
     env = dict(entry.partition("=")[::2] for entry in config.get("Env") or [])
     labels = config.get("Labels") or {}

@@ -261,11 +261,19 @@ def hub_ill(world: World) -> None:
 
 
 def no_such_image(world: World) -> None:
-    world.wanted["image_error"] = "vllm/vllm-openai:glm52-cu130 is not in the registry"
+    world.wanted["image_error"] = "vllm/vllm-openai:glm52-cu130 is not in the registry: set glm_image to one that is"
 
 
 def no_such_revision(world: World) -> None:
-    world.wanted["weights_error"] = "zai-org/GLM-5.2-FP8 has no revision ffff"
+    world.wanted["weights_error"] = "zai-org/GLM-5.2-FP8 has no revision ffff: set glm_model_revision to a commit"
+
+
+def no_way_to_registry_and_hub(world: World) -> None:
+    """The first node asks both for all; one that does not get there either says it once."""
+    no_registry(world)
+    hub_ill(world)
+    world.wanted["image_error"] = "https://registry-1.docker.io cannot be reached (refused): open the way"
+    world.wanted["weights_error"] = "the hub at https://huggingface.co cannot be reached (refused): open the way"
 
 
 def other_arch(world: World) -> None:
@@ -332,6 +340,13 @@ def test_each_fault_has_its_one_line(
     for word in words:
         assert word in line
     assert findings[0]["text"] and findings[0]["fix"]
+
+
+def test_an_unreachable_registry_or_hub_is_said_once(world: World) -> None:
+    no_way_to_registry_and_hub(world)
+    assert [finding["id"] for finding in world.findings()] == ["registry", "hub"]
+    world.node["urls"]["registry"]["ok"] = world.node["urls"]["hub"]["ok"] = True
+    assert [finding["id"] for finding in world.findings()] == ["image", "weights"]
 
 
 def test_all_findings_come_in_one_go(world: World) -> None:
