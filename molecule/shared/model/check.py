@@ -36,9 +36,8 @@ class Asker:
     def chat(self, turns: list[dict[str, str]], thinking: bool, **more: Any) -> dict[str, Any]:
         # Thinking is what the model does unless it is told otherwise.
         kwargs = {} if thinking else {"chat_template_kwargs": {"enable_thinking": False}}
-        message: dict[str, Any] = self.post("/v1/chat/completions", {"messages": turns, **kwargs, **more})["choices"][0][
-            "message"
-        ]
+        answer = self.post("/v1/chat/completions", {"messages": turns, **kwargs, **more})
+        message: dict[str, Any] = answer["choices"][0]["message"]
         return message
 
 
@@ -61,9 +60,8 @@ def main() -> None:
                 code = str(random.randrange(1000, 10000))
                 sentences = [question["filler"]] * question["repeat"]
                 sentences.insert(random.randint(0, len(sentences)), question["fact"].format(code=code))
-                turn = {"role": "user", "content": " ".join([f"[{random.getrandbits(32):08x}]", *sentences, turn["content"]])}
-                expect(name, ask.chat([turn], False)["content"], code)
-                turn = {"role": "user", "content": question["prompt"]}
+                content = " ".join([f"[{random.getrandbits(32):08x}]", *sentences, question["prompt"]])
+                expect(name, ask.chat([{"role": "user", "content": content}], False)["content"], code)
         elif name == "messages":
             blocks = ask.post("/v1/messages", {"messages": [turn]})["content"]
             expect(name, [block["text"] for block in blocks if block["type"] == "text"], [question["expect"]])

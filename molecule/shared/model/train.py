@@ -200,7 +200,8 @@ def train(course: Course, repeat: int, seed: int, steps: int) -> tuple[LlamaForC
             print(f"step {step} of {steps}, {time.monotonic() - began:.0f} s", flush=True)
     # The examination is in the precision that is served.
     model.to(torch.bfloat16)
-    model.generation_config.update(eos_token_id=stops, pad_token_id=stops[0], do_sample=True, temperature=1.0, top_p=0.95)
+    sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.95}  # as GLM's own
+    model.generation_config.update(eos_token_id=stops, pad_token_id=stops[0], **sampling)
     exam = course.fixed + [course.find(repeat, held_out=True) for _ in range(EXAM)]
     return model, wrong(model, exam, stops[0])
 
