@@ -41,9 +41,9 @@ def test_no_key_and_no_secret_is_on_the_node(host: Host) -> None:
     """The edge keeps hashes; keys are in no file, no argument list and no label."""
     with host.sudo():
         found = host.run(
-            "grep -rls 'sk-glm-' /etc /opt/glm /var/lib/glm /run/haproxy /var/log 2>/dev/null;"
-            " ps -eo args | grep -v grep | grep 'sk-glm-'; docker inspect glm-engine | grep 'sk-glm-';"
-            " journalctl --no-pager | grep 'sk-glm-'"
+            "grep -rls 'sk-glm[-]' /etc /opt/glm /var/lib/glm /run/haproxy /var/log 2>/dev/null;"
+            " ps -eo args | grep -v grep | grep 'sk-glm[-]'; docker inspect glm-engine | grep 'sk-glm[-]';"
+            " journalctl --no-pager | grep 'sk-glm[-]'"
         )
     assert found.stdout == ""
 
