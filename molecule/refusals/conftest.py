@@ -16,14 +16,16 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
 
 @pytest.fixture(scope="session")
 def node(play: Play) -> Iterator[Node]:
-    """A bare node. What an aborted run left behind goes first."""
+    """A bare node. What an aborted run left behind goes first; REFUSALS_KEEP=1 leaves all as it is."""
+    keep = os.environ.get("REFUSALS_KEEP")
 
     def shared(name: str, seconds: int) -> None:
         done = play(playbook=str(SHARED / name), seconds=seconds)
         assert done.code == 0, done.output[-3000:] + done.errors
 
-    shared("destroy.yml", 120)
+    if not keep:
+        shared("destroy.yml", 120)
     shared("create.yml", 3600)  # with the images to be built
     yield Node()
-    if not os.environ.get("REFUSALS_KEEP"):  # to look at it afterwards
+    if not keep:
         shared("destroy.yml", 120)

@@ -143,13 +143,13 @@ def test_a_web_page_is_no_registry(registry: Registry) -> None:
 
 
 def test_an_index_without_the_platform(registry: Registry) -> None:
-    with pytest.raises(image_digest.Problem, match=r"no image for linux/s390x, only for linux/amd64, linux/arm64: set glm_image"):
+    with pytest.raises(image_digest.Problem, match=r"linux/s390x, only for linux/amd64, linux/arm64: set glm_image"):
         image_digest.resolve("vllm/vllm-openai:multi", registry.url, "linux/s390x", 5, 0)
 
 
 @pytest.mark.parametrize("mirror", ["http://127.0.0.1:9", "not a url"])
 def test_a_registry_that_is_down(mirror: str) -> None:
-    with pytest.raises(image_digest.Problem, match=r"registry mirror .* cannot be reached \(.*\): .*glm_registry_mirror"):
+    with pytest.raises(image_digest.Problem, match=r"mirror .* cannot be reached \(.*\): .*glm_registry_mirror"):
         image_digest.resolve("vllm/vllm-openai:x", mirror, "linux/amd64", 2, 0)
 
 

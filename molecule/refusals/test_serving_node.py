@@ -1,0 +1,163 @@
+"""Faults on a node that serves: each is refused, or ends with the release that served before, verified by asking it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+from testbed import ROOT, Node, Play, differences
+
+QUESTION = yaml.safe_load((ROOT / "roles/verify/files/questions.yml").read_text())["sum"]
+NEXT_REVISION = "2" * 40
+# The next revision has the same weights, which would be linked: elsewhere they are downloaded.
+ELSEWHERE = "/var/lib/glm/elsewhere"
+NO_SUCH_DIGEST = f"sha256:{'0' * 64}"
+ROUND_TRIPS = 30
+
+# The fault at the hub, and what glm-weights.service says of it.
+UNFIT_WEIGHTS: dict[str, tuple[dict[str, Any], str]] = {
+    "shard truncated": (
+        {"truncate": "model-00003-*"},
+        r"model-00003-of-\d+\.safetensors: expected \d+ bytes, found \d+, twice, from http://198\.18\.66\.2:8081: "
+        "nothing was put into service; check that hub or mirror, then run it again to fetch only what is bad",
+    ),
+    "byte flipped in a shard": (
+        {"flip": "model-00003-*"},
+        r"model-00003-of-\d+\.safetensors: expected sha256 [0-9a-f]{64}, found sha256 [0-9a-f]{64}, twice, from "
+        r"http://198\.18\.66\.2:8081: nothing was put into service; check that hub or mirror, .*",
+    ),
+    "files refused with 401": (
+        {"file": 401},
+        r"the hub at http://198\.18\.66\.2:8081 answers 401 for .* of zai-org/GLM-5\.2-FP8: set glm_hf_token_file, or "
+        "check glm_model",
+    ),
+    "files refused with 429": (
+        {"file": 429},
+        r"zai-org/GLM-5\.2-FP8: (\d+) of \1 files could not be downloaded, first README\.md: the hub at "
+        r"http://198\.18\.66\.2:8081 answers 429 \(too many requests\); run it again to go on from here",
+    ),
+    "files refused with 503": (
+        {"file": 503},
+        r"zai-org/GLM-5\.2-FP8: (\d+) of \1 files could not be downloaded, first README\.md: the hub at "
+        r"http://198\.18\.66\.2:8081 answers 503; run it again to go on from here",
+    ),
+}
+# The settings of the release, and why it fails.
+UNFIT_RELEASES: dict[str, tuple[dict[str, Any], str]] = {
+    "engine exits at once": (
+        {"glm_engine_extra_env": {"LIGHT_FAULT": "exit-at-once"}},
+        r"glm-engine\.service: engine exited with code 1 after \d+ s: RuntimeError: Engine core initialization failed "
+        r".*journalctl -u glm-engine.*",
+    ),
+    "engine never ready": (
+        {"glm_engine_extra_env": {"LIGHT_FAULT": "never-ready"}, "glm_engine_start_timeout": 20},
+        r"glm-engine\.service: engine not ready after 20 s, last phase: loading weights.*: raise "
+        "glm_engine_start_timeout or see journalctl -u glm-engine.*",
+    ),
+    "engine answers garbage": (
+        {"glm_engine_extra_env": {"LIGHT_FAULT": "garbage"}},
+        r"(?:.*; )?sum: [^;]*answered 'lkj 0 ~~ zzz', wanted '42'.*",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def release(node: Node, play: Play) -> str:
+    """The id of the release that the node serves."""
+    first = play(seconds=600)
+    assert first.code == 0, first.messages
+    return node.release()
+
+
+def assert_serves(node: Node, release: str) -> None:
+    assert node.release() == release
+    assert node.state()["phase"] == "serving"
+    assert node.state()["release"] == release
+    status, answer = node.ask("/v1/chat/completions", question=QUESTION["prompt"])
+    assert status == 200
+    assert answer["choices"][0]["message"]["content"] == QUESTION["expect"]
+
+
+@pytest.fixture
+def untouched(node: Node, release: str) -> Iterator[None]:
+    """Before and after the test the same container serves the same release."""
+    assert_serves(node, release)
+    engine = node.engine()
+    yield
+    assert node.engine() == engine
+    assert_serves(node, release)
+
+
+@pytest.mark.parametrize("name", UNFIT_WEIGHTS)
+def test_unfit_weights_are_not_put_into_service(name: str, node: Node, play: Play, untouched: None) -> None:
+    faults, says = UNFIT_WEIGHTS[name]
+    try:
+        with node.hub(**faults):
+            # The client tries five times by itself.
+            run = play(
+                glm_model_revision=NEXT_REVISION,
+                model_weights_directory=ELSEWHERE,
+                model_weights_attempts=1,
+                seconds=180,
+            )
+        assert run.code != 0
+        assert len(run.messages) == 1
+        line = rf"glm-weights\.service: {says} \(.*journalctl -u glm-weights\.service\)"
+        assert re.fullmatch(line, run.messages[0]), run.messages[0]
+        held = node.run(f"ls {ELSEWHERE}/*").split()
+        assert NEXT_REVISION not in held
+    finally:
+        node.run(f"rm -rf {ELSEWHERE}; systemctl reset-failed glm-weights", check=False)
+
+
+def test_image_with_another_digest(node: Node, play: Play, untouched: None) -> None:
+    before = node.snapshot()
+    run = play(glm_image=f"vllm/vllm-openai:light@{NO_SUCH_DIGEST}")
+    assert run.code != 0
+    assert run.findings() == ["image"]
+    assert "not sha256:000" in run.line("image: ")
+    assert differences(before, node.snapshot()) == []
+
+
+@pytest.mark.parametrize("name", UNFIT_RELEASES)
+def test_the_release_before_serves_again(name: str, node: Node, play: Play, release: str) -> None:
+    settings, says = UNFIT_RELEASES[name]
+    assert_serves(node, release)
+    run = play(seconds=240, **settings)
+    assert run.code != 0
+    assert len(run.messages[-1].splitlines()) == 1
+    line = rf"refusal-1: release [0-9a-f]{{12}} failed: {says}; release {release} serves again"
+    assert re.fullmatch(line, run.messages[-1]), run.messages
+    assert re.search(says, node.state()["reason"])
+    assert_serves(node, release)
+
+
+# path, key (None: the right one), status, type of the error
+REQUESTS = {
+    "wrong key": ("/v1/models", "sk-wrong", 401, "authentication_error"),
+    "no key": ("/v1/models", "", 401, "authentication_error"),
+    "unlisted path": ("/metrics", None, 403, "permission_error"),
+    "way around the list": ("/v1/../metrics", None, 403, "permission_error"),
+    "the engine's own path": ("/tokenize", None, 403, "permission_error"),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_the_edge_refuses(name: str, node: Node, release: str) -> None:
+    path, key, status, kind = REQUESTS[name]
+    answered, body = node.ask(path, key=key)
+    assert (answered, body["error"]["type"]) == (status, kind)
+    assert node.ask("/v1/models")[0] == 200
+
+
+def test_it_converges_and_then_changes_nothing(node: Node, play: Play, release: str) -> None:
+    again = play(seconds=300)
+    assert again.code == 0, again.messages
+    second = play(seconds=300)
+    assert second.code == 0, second.messages
+    assert second.recap("changed") == 0
+    assert 0 < second.trips["refusal-1"]["round_trips"] <= ROUND_TRIPS
+    assert_serves(node, release)
