@@ -52,6 +52,7 @@ lint: venv ## ansible-lint (production), yamllint, ruff, mypy
 	@ruff check .
 	@ruff format --check .
 	@mypy
+	@MYPYPATH= mypy plugins/action/*.py # each has the name of its module
 
 .PHONY: unit
 unit: venv ## Unit tests

@@ -27,8 +27,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     def run(self, tmp: Any = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         result: dict[str, Any] = super().run(tmp, task_vars)
-        _, args = self.validate_argument_spec(argument_spec={
-            "path": {"type": "path", "required": True}, "generate": {"type": "bool", "default": False}})
+        _, args = self.validate_argument_spec(
+            argument_spec={"path": {"type": "path", "required": True}, "generate": {"type": "bool", "default": False}}
+        )
         path = os.path.abspath(args["path"])
         try:
             made = not os.path.lexists(path)
@@ -44,8 +45,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             return {**result, "failed": True, "msg": str(problem)}
         except OSError as problem:
             return {**result, "failed": True, "msg": f"{path}: {problem.strerror}"}
-        return {**result, "changed": made, "path": path,
-                "digests": [hashlib.sha256(key.encode()).hexdigest() for key in keys]}
+        return {
+            **result,
+            "changed": made,
+            "path": path,
+            "digests": [hashlib.sha256(key.encode()).hexdigest() for key in keys],
+        }
 
     def _text(self, path: str) -> str:
         """The content, decrypted if Ansible Vault has encrypted it."""

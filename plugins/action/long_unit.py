@@ -44,17 +44,27 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             if answer["phase"] == "failed":
                 return {**result, "failed": True, "msg": answer["message"]}
             if elapsed >= timeout:
-                return {**result, "failed": True, "msg": (
-                    f"{args['name']} is still at it after {elapsed:.0f} s"
-                    f"{f' ({status})' if status else ''}; it was left running: journalctl -u {args['name']}")}
-            follow.update(started=answer["phase"] != "lost", wait=min(WAIT, max(0.0, timeout - elapsed)),
-                          run_id=answer["run_id"], boot=answer["boot"])
+                return {
+                    **result,
+                    "failed": True,
+                    "msg": (
+                        f"{args['name']} is still at it after {elapsed:.0f} s"
+                        f"{f' ({status})' if status else ''}; it was left running: journalctl -u {args['name']}"
+                    ),
+                }
+            follow.update(
+                started=answer["phase"] != "lost",
+                wait=min(WAIT, max(0.0, timeout - elapsed)),
+                run_id=answer["run_id"],
+                boot=answer["boot"],
+            )
             if answer["phase"] == "lost":  # the node went through a restart, and the run with it
                 Display().display(f"{host} · {args['name']} · the node was restarted: starting again")
                 follow.update(token=f"{follow['token']}+", run_id="", boot="")
 
-    def _call(self, args: dict[str, Any], task_vars: dict[str, Any] | None,
-              host: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    def _call(
+        self, args: dict[str, Any], task_vars: dict[str, Any] | None, host: str
+    ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """One call of the module, tried until the node can be reached again."""
         patience = float(args.get("reconnect_timeout", 600))
         lost_at: float | None = None
@@ -64,9 +74,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             except AnsibleConnectionFailure as problem:
                 lost_at = lost_at or time.monotonic()
                 if time.monotonic() - lost_at >= patience:
-                    return None, {"unreachable": True, "msg": (
-                        f"{args['name']}: no connection to the node for {patience:.0f} s, the unit goes on without it; "
-                        f"run the play again to follow it ({str(problem.message).strip()})")}
+                    return None, {
+                        "unreachable": True,
+                        "msg": (
+                            f"{args['name']}: no connection to the node for {patience:.0f} s, "
+                            "the unit goes on without it; "
+                            f"run the play again to follow it ({str(problem.message).strip()})"
+                        ),
+                    }
                 Display().display(f"{host} · {args['name']} · connection lost, reconnecting (the unit goes on)")
                 with contextlib.suppress(Exception):
                     self._connection.reset()

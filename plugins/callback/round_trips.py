@@ -56,8 +56,10 @@ def summarise(lines: list[str]) -> dict[str, dict[str, Any]]:
     for line in lines:
         host, task = json.loads(line)
         tasks[host][task] += 1
-    return {host: {"round_trips": sum(counts.values()), "tasks": dict(counts.most_common())}
-            for host, counts in sorted(tasks.items())}
+    return {
+        host: {"round_trips": sum(counts.values()), "tasks": dict(counts.most_common())}
+        for host, counts in sorted(tasks.items())
+    }
 
 
 def cpu_seconds() -> float:

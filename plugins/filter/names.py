@@ -51,5 +51,8 @@ def differing_settings(
 
 class FilterModule:
     def filters(self) -> dict[str, Callable[..., Any]]:
-        return {"unknown_variables": unknown_variables, "duplicate_addresses": duplicate_addresses,
-                "differing_settings": differing_settings}
+        return {
+            "unknown_variables": unknown_variables,
+            "duplicate_addresses": duplicate_addresses,
+            "differing_settings": differing_settings,
+        }

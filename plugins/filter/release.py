@@ -20,8 +20,9 @@ def engine_image(engine: Mapping[str, Any], driver_branch: int | str) -> str:
     images = {int(branch): str(image) for branch, image in engine["images"].items()}
     fitting = [branch for branch in images if branch <= int(driver_branch)]
     if not fitting:
-        raise AnsibleFilterError(f"{engine['name']} has no image for driver {driver_branch}: "
-                                 f"it needs {min(images)} or newer")
+        raise AnsibleFilterError(
+            f"{engine['name']} has no image for driver {driver_branch}: it needs {min(images)} or newer"
+        )
     return images[max(fitting)]
 
 
@@ -33,10 +34,16 @@ def engine_problems(engine: Mapping[str, Any], profile: Mapping[str, Any], setti
         _flag_problems(engine, profile.get("flags") or {}, "the profile")
         + _flag_problems(engine, settings.get("extra_args") or {}, "glm_engine_extra_args")
         + _name_problems(names)
-        + [f"glm_engine_extra_env: {name!r} is not a name of an environment variable"
-           for name in extra_env if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name))]
-        + [f"glm_engine_extra_env: the value of {name} holds a line break, which an environment file cannot"
-           for name, value in extra_env.items() if "\n" in str(value)]
+        + [
+            f"glm_engine_extra_env: {name!r} is not a name of an environment variable"
+            for name in extra_env
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name))
+        ]
+        + [
+            f"glm_engine_extra_env: the value of {name} holds a line break, which an environment file cannot"
+            for name, value in extra_env.items()
+            if "\n" in str(value)
+        ]
     )
 
 

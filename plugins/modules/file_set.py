@@ -99,6 +99,7 @@ changed_paths:
   returned: always
 """
 
+
 class Refused(Exception):
     """Something that the user has to put right; its text is the one line to show."""
 
@@ -224,8 +225,10 @@ class FileSet:
         self.diff.append({"before_header": path, "after_header": path, "before": before, "after": after})
 
     def _owner(self, item: dict[str, Any]) -> tuple[int, int]:
-        return (self._id(item, "owner", "user", lambda name: pwd.getpwnam(name).pw_uid),
-                self._id(item, "group", "group", lambda name: grp.getgrnam(name).gr_gid))
+        return (
+            self._id(item, "owner", "user", lambda name: pwd.getpwnam(name).pw_uid),
+            self._id(item, "group", "group", lambda name: grp.getgrnam(name).gr_gid),
+        )
 
     def _id(self, item: dict[str, Any], key: str, kind: str, look_up: Callable[[str], int]) -> int:
         """-1 is the system calls' own "leave it"."""
@@ -346,17 +349,44 @@ def main() -> None:
     owned = {"mode": {"type": "str"}, "owner": {"type": "str"}, "group": {"type": "str"}}
     module = QuietModule(
         argument_spec={
-            "files": {"type": "list", "elements": "dict", "default": [], "options": {
-                **owned, "mode": {"type": "str", "default": "0644"}, "path": {"type": "path", "required": True},
-                "content": {"type": "str", "required": True}, "sensitive": {"type": "bool", "default": False}}},
-            "directories": {"type": "list", "elements": "dict", "default": [], "options": {
-                **owned, "mode": {"type": "str", "default": "0755"}, "path": {"type": "path", "required": True}}},
-            "links": {"type": "list", "elements": "dict", "default": [], "options": {
-                "path": {"type": "path", "required": True}, "target": {"type": "str", "required": True}}},
+            "files": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {
+                    **owned,
+                    "mode": {"type": "str", "default": "0644"},
+                    "path": {"type": "path", "required": True},
+                    "content": {"type": "str", "required": True},
+                    "sensitive": {"type": "bool", "default": False},
+                },
+            },
+            "directories": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {
+                    **owned,
+                    "mode": {"type": "str", "default": "0755"},
+                    "path": {"type": "path", "required": True},
+                },
+            },
+            "links": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {"path": {"type": "path", "required": True}, "target": {"type": "str", "required": True}},
+            },
             "absent": {"type": "list", "elements": "path", "default": []},
-            "validate": {"type": "list", "elements": "dict", "default": [], "options": {
-                "path": {"type": "path", "required": True},
-                "command": {"type": "list", "elements": "str", "required": True}}},
+            "validate": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {
+                    "path": {"type": "path", "required": True},
+                    "command": {"type": "list", "elements": "str", "required": True},
+                },
+            },
         },
         supports_check_mode=True,
     )

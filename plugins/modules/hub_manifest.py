@@ -128,8 +128,10 @@ class Hub:
             following = urllib.parse.urljoin(url, link.group(1)) if link else ""
         # The token goes to the hub alone.
         if following and urllib.parse.urlsplit(following).netloc != urllib.parse.urlsplit(url).netloc:
-            raise HubError(f"the hub at {self.endpoint} sends its file list on to another host ({following}): "
-                           "set glm_hf_endpoint to a hub that does not")
+            raise HubError(
+                f"the hub at {self.endpoint} sends its file list on to another host ({following}): "
+                "set glm_hf_endpoint to a hub that does not"
+            )
         return body, following
 
     def revision_url(self, repo: str, revision: str) -> str:
@@ -142,8 +144,10 @@ class Hub:
         try:
             commit = str(self.get(self.revision_url(repo, revision))[0]["sha"])
             if not re.fullmatch(r"[0-9a-f]{40}", commit):
-                raise HubError(f"the hub at {self.endpoint} names no commit for revision {revision} of {repo}: "
-                               "check glm_hf_endpoint")
+                raise HubError(
+                    f"the hub at {self.endpoint} names no commit for revision {revision} of {repo}: "
+                    "check glm_hf_endpoint"
+                )
             page = f"{self.endpoint}/api/models/{repo}/tree/{commit}?recursive=true&expand=false"
             entries: list[dict[str, Any]] = []
             while page:
@@ -211,8 +215,10 @@ def build_manifest(repo: str, commit: str, entries: list[dict[str, Any]]) -> dic
         path = str(entry["path"])
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts or not pure.parts:
-            raise HubError(f"the hub lists a file outside of {repo}: {path!r}; nothing is downloaded from it: "
-                           "check glm_model and glm_hf_endpoint")
+            raise HubError(
+                f"the hub lists a file outside of {repo}: {path!r}; nothing is downloaded from it: "
+                "check glm_model and glm_hf_endpoint"
+            )
         lfs = entry.get("lfs")
         files.append(
             {

@@ -136,15 +136,19 @@ class Registry:
         digest = sha256(body)
         claimed = which if which.startswith("sha256:") else headers.get("Docker-Content-Digest", digest)
         if claimed != digest:
-            raise Problem(f"{self.name} sent a manifest of {self.path} with the digest {digest}, not {claimed}: "
-                          f"it is damaged or was tampered with: {OTHER_MIRROR}")
+            raise Problem(
+                f"{self.name} sent a manifest of {self.path} with the digest {digest}, not {claimed}: "
+                f"it is damaged or was tampered with: {OTHER_MIRROR}"
+            )
         return parse(body, self.name), digest
 
     def blob(self, digest: str) -> dict[str, Any]:
         body, _ = self._get(f"blobs/{digest}", "*/*")
         if sha256(body) != digest:
-            raise Problem(f"{self.name} sent a configuration of {self.path} with another digest than {digest}: "
-                          f"it is damaged or was tampered with: {OTHER_MIRROR}")
+            raise Problem(
+                f"{self.name} sent a configuration of {self.path} with another digest than {digest}: "
+                f"it is damaged or was tampered with: {OTHER_MIRROR}"
+            )
         return parse(body, self.name)
 
     def _get(self, what: str, accept: str) -> tuple[bytes, Any]:
@@ -186,8 +190,9 @@ class Registry:
                 if last or isinstance(problem, ValueError):
                     reason = getattr(problem, "reason", problem)
                     text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-                    raise Problem(f"{self.name} cannot be reached ({text}): open the way from the node, or "
-                                  f"{OTHER_MIRROR}") from None
+                    raise Problem(
+                        f"{self.name} cannot be reached ({text}): open the way from the node, or {OTHER_MIRROR}"
+                    ) from None
             time.sleep(attempt + 1)
         raise AssertionError("unreachable")
 
@@ -197,8 +202,10 @@ class Registry:
         if answer.code == 404:
             return f"{self.name} has no {image} (404): set glm_image to one that it has"
         if answer.code in (401, 403):
-            return (f"{self.name} refuses {image} ({answer.code}): it does not exist there, or needs a "
-                    "login: set glm_image to one that it has, or glm_registry_mirror to a mirror that needs none")
+            return (
+                f"{self.name} refuses {image} ({answer.code}): it does not exist there, or needs a "
+                "login: set glm_image to one that it has, or glm_registry_mirror to a mirror that needs none"
+            )
         if answer.code == 429:
             return f"{self.name} answers 429, too many requests: try later, or set glm_registry_mirror"
         return f"{self.name} answers {answer.code} for {image}: try later, or {OTHER_MIRROR}"
@@ -225,9 +232,11 @@ def select(index: dict[str, Any], platform: str, name: str) -> str:
         of = entry.get("platform", {})
         offered.setdefault(f"{of.get('os')}/{of.get('architecture')}", entry["digest"])
     if platform not in offered:
-        raise Problem(f"{name} has no image for {platform}, only for "
-                      f"{', '.join(sorted(key for key in offered if 'unknown' not in key)) or 'nothing'}: "
-                      "set glm_image to one for it")
+        raise Problem(
+            f"{name} has no image for {platform}, only for "
+            f"{', '.join(sorted(key for key in offered if 'unknown' not in key)) or 'nothing'}: "
+            "set glm_image to one for it"
+        )
     return offered[platform]
 
 
@@ -242,14 +251,15 @@ def resolve(ref: str, mirror: str, platform: str, timeout: int, retries: int) ->
     registry = Registry(reference, mirror, timeout, retries)
     manifest, digest = registry.manifest(reference.tag or reference.digest)
     if reference.digest and digest != reference.digest:
-        raise Problem(f"{reference.repository}:{reference.tag} is {digest} by now, not {reference.digest} as pinned: "
-                      f"write {reference.repository}@{reference.digest} to stay with that one, or pin the new one")
+        raise Problem(
+            f"{reference.repository}:{reference.tag} is {digest} by now, not {reference.digest} as pinned: "
+            f"write {reference.repository}@{reference.digest} to stay with that one, or pin the new one"
+        )
     if "manifests" in manifest:
         manifest, _ = registry.manifest(select(manifest, platform, ref))
     if "config" not in manifest or "layers" not in manifest:
         kind = manifest.get("mediaType", "schema 1")
-        raise Problem(f"{ref} has a manifest of a kind that is not supported ({kind}): "
-                      "set glm_image to another build")
+        raise Problem(f"{ref} has a manifest of a kind that is not supported ({kind}): set glm_image to another build")
     config = registry.blob(manifest["config"]["digest"]).get("config") or {}
     env = dict(entry.partition("=")[::2] for entry in config.get("Env") or [])
     labels = config.get("Labels") or {}

@@ -53,8 +53,9 @@ elapsed: {description: Seconds from the start to the end., type: float, returned
 status_text: {description: The last StatusText of the unit., type: str, returned: always}
 """
 
-SYSTEMCTL_PROPERTIES = ("Type,LoadState,ActiveState,SubState,Result,Job,StatusText,InvocationID,ExecMainStatus,"
-                        "NeedDaemonReload")
+SYSTEMCTL_PROPERTIES = (
+    "Type,LoadState,ActiveState,SubState,Result,Job,StatusText,InvocationID,ExecMainStatus,NeedDaemonReload"
+)
 TOKENS = "/run/long_unit"
 ERROR_PREFIX = "glm: error:"
 
@@ -96,9 +97,13 @@ class Unit:
             return self.watch()
         if state.get("ActiveState") == "failed":  # an operator's start is not one of those that the start limit counts
             self.command("systemctl", "reset-failed", self.name)
-        client = subprocess.Popen(["systemctl", "restart" if self.params["restart"] else "start", self.name],
-                                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                  text=True)
+        client = subprocess.Popen(
+            ["systemctl", "restart" if self.params["restart"] else "start", self.name],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         try:
             _, stderr = client.communicate(timeout=self.follow["wait"])
         except subprocess.TimeoutExpired:
@@ -140,8 +145,18 @@ class Unit:
     def _finished(self, invocation: str) -> bool:
         """systemd forgets a oneshot unit that is inactive again, ended or stopped; the journal still knows which."""
         self.command("journalctl", "--sync")
-        return bool(self.command("journalctl", "--quiet", "--no-pager", "--output=cat", "--lines=1",
-                                 f"INVOCATION_ID={invocation}", "JOB_TYPE=start", "JOB_RESULT=done").stdout.strip())
+        return bool(
+            self.command(
+                "journalctl",
+                "--quiet",
+                "--no-pager",
+                "--output=cat",
+                "--lines=1",
+                f"INVOCATION_ID={invocation}",
+                "JOB_TYPE=start",
+                "JOB_RESULT=done",
+            ).stdout.strip()
+        )
 
     def _failed(self, state: dict[str, str], stderr: str = "") -> dict[str, Any]:
         if self.command("systemctl", "is-system-running").stdout.strip() == "stopping":
@@ -155,10 +170,16 @@ class Unit:
         self.command("journalctl", "--sync")
         lines: list[str] = []
         if invocation:
-            lines = self.command("journalctl", "--quiet", "--no-pager", "--output=cat", "--lines=200",
-                                 f"_SYSTEMD_INVOCATION_ID={invocation}").stdout.splitlines()
+            lines = self.command(
+                "journalctl",
+                "--quiet",
+                "--no-pager",
+                "--output=cat",
+                "--lines=200",
+                f"_SYSTEMD_INVOCATION_ID={invocation}",
+            ).stdout.splitlines()
         lines = [line.strip() for line in lines if line.strip()]
-        said = [line[len(ERROR_PREFIX):].strip() for line in lines if line.startswith(ERROR_PREFIX)]
+        said = [line[len(ERROR_PREFIX) :].strip() for line in lines if line.startswith(ERROR_PREFIX)]
         what = " / ".join(dict.fromkeys(said)) or (lines or [line for line in stderr.splitlines() if line] or [""])[-1]
         what = what or "the unit did not run to its end (it was stopped, or a unit that it needs has failed)"
         result = state.get("Result", "")
@@ -179,9 +200,14 @@ class Unit:
     def _report(self, phase: str, state: dict[str, str], message: str = "", changed: bool = True) -> dict[str, Any]:
         seen = is_starting(state) or is_active(state)
         # not called "invocation": Ansible takes that key out of results
-        return {"phase": phase, "changed": changed, "message": message, "status_text": self.status_text,
-                "boot": boot_id(),
-                "run_id": self.follow["run_id"] or (state.get("InvocationID", "") if seen else "")}
+        return {
+            "phase": phase,
+            "changed": changed,
+            "message": message,
+            "status_text": self.status_text,
+            "boot": boot_id(),
+            "run_id": self.follow["run_id"] or (state.get("InvocationID", "") if seen else ""),
+        }
 
 
 def is_active(state: dict[str, str]) -> bool:
@@ -207,20 +233,30 @@ def main() -> None:
             "restart": {"type": "bool", "default": False},
             "reload_units": {"type": "bool", "default": False},
             "reconnect_timeout": {"type": "int", "default": 600},
-            "follow": {"type": "dict", "options": {
-                "token": {"type": "str", "required": True, "no_log": False},
-                "wait": {"type": "float", "default": 5},
-                "started": {"type": "bool", "default": False},
-                "run_id": {"type": "str", "default": ""},
-                "boot": {"type": "str", "default": ""}}},
+            "follow": {
+                "type": "dict",
+                "options": {
+                    "token": {"type": "str", "required": True, "no_log": False},
+                    "wait": {"type": "float", "default": 5},
+                    "started": {"type": "bool", "default": False},
+                    "run_id": {"type": "str", "default": ""},
+                    "boot": {"type": "str", "default": ""},
+                },
+            },
         },
         supports_check_mode=True,
     )
     unit = Unit(module.params)
     if module.check_mode:
         state = unit.show()
-        module.exit_json(phase="done", changed=module.params["restart"] or not is_active(state),
-                         status_text=unit.status_text, message="", boot="", run_id="")
+        module.exit_json(
+            phase="done",
+            changed=module.params["restart"] or not is_active(state),
+            status_text=unit.status_text,
+            message="",
+            boot="",
+            run_id="",
+        )
     module.exit_json(**(unit.watch() if unit.follow["started"] else unit.start()))
 
 

@@ -67,8 +67,14 @@ def next_state(now: dict[str, Any], wanted: dict[str, Any], since: str) -> dict[
     state = {key: wanted[key] or None for key in (*COMPARED, "rollout_id")}
     if now and all(now.get(key) == state[key] for key in COMPARED):
         return now
-    return {"phase": state["phase"], "release": state["release"], "previous": state["previous"],
-            "rollout_id": state["rollout_id"], "since": since, "reason": state["reason"]}
+    return {
+        "phase": state["phase"],
+        "release": state["release"],
+        "previous": state["previous"],
+        "rollout_id": state["rollout_id"],
+        "since": since,
+        "reason": state["reason"],
+    }
 
 
 def write_state(path: str, state: dict[str, Any]) -> None:
@@ -112,8 +118,11 @@ def main() -> None:
             write_state(path, state)
         except OSError as problem:
             module.fail_json(msg=f"{path}: the state cannot be written: {problem.strerror}")
-    module.exit_json(changed=state != now, state=state,
-                     diff={"before_header": path, "after_header": path, "before": dump(now), "after": dump(state)})
+    module.exit_json(
+        changed=state != now,
+        state=state,
+        diff={"before_header": path, "after_header": path, "before": dump(now), "after": dump(state)},
+    )
 
 
 if __name__ == "__main__":

@@ -132,8 +132,9 @@ class Server:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         return http.client.HTTPSConnection(self.host, self.port, timeout=self.timeout, context=context)
 
-    def request(self, method: str, path: str, body: dict[str, Any] | None = None,
-                headers: dict[str, str] | None = None) -> Response:
+    def request(
+        self, method: str, path: str, body: dict[str, Any] | None = None, headers: dict[str, str] | None = None
+    ) -> Response:
         deadline = time.monotonic() + self.timeout
         connection = self._connect()
         try:
@@ -173,9 +174,22 @@ class Verification:
     def run(self) -> list[dict[str, Any]]:
         guarded = [["missing_key_refused"], ["wrong_key_refused"]] if self.params["auth"] == "keys" else []
         chains = [
-            ["models_list"], ["exact_reply"], ["sum"], ["find_fact", "second_turn"], ["thinking"], ["tool_call"],
-            ["messages"], ["messages_stream"], ["count_tokens"], *guarded, ["unlisted_path_refused"],
-            ["metrics_inside"], ["metrics_outside"], ["image_digest"], ["unit_state"], ["gpus_in_container"],
+            ["models_list"],
+            ["exact_reply"],
+            ["sum"],
+            ["find_fact", "second_turn"],
+            ["thinking"],
+            ["tool_call"],
+            ["messages"],
+            ["messages_stream"],
+            ["count_tokens"],
+            *guarded,
+            ["unlisted_path_refused"],
+            ["metrics_inside"],
+            ["metrics_outside"],
+            ["image_digest"],
+            ["unit_state"],
+            ["gpus_in_container"],
         ]
         alone = self._chain(["health", "streaming"])  # the other requests would disturb its times
         with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
@@ -230,8 +244,11 @@ class Verification:
 
     def check_second_turn(self) -> str:
         """Told, not judged: whether the conversation's first turn was in the prefix cache."""
-        turns = [{"role": "user", "content": self.long_prompt}, {"role": "assistant", "content": self.code},
-                 {"role": "user", "content": self.questions["exact_reply"]["prompt"]}]
+        turns = [
+            {"role": "user", "content": self.long_prompt},
+            {"role": "assistant", "content": self.code},
+            {"role": "user", "content": self.questions["exact_reply"]["prompt"]},
+        ]
         before = self._cached_tokens()
         answer = self._chat(self.questions["exact_reply"], turns, max_tokens=16)
         usage = answer["usage"]
@@ -252,13 +269,23 @@ class Verification:
         """What a stream looked like, and the seconds between its first and its last token."""
         question = self.questions["streaming"]
         begin = time.monotonic()
-        answer = self.edge.request("POST", "/v1/chat/completions", {
-            **self._chat_body(question, [{"role": "user", "content": question["prompt"]}], 256),
-            "stream": True, "stream_options": {"include_usage": True}}, self.keys)
+        answer = self.edge.request(
+            "POST",
+            "/v1/chat/completions",
+            {
+                **self._chat_body(question, [{"role": "user", "content": question["prompt"]}], 256),
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            },
+            self.keys,
+        )
         need(answer, 200)
         events = list(answer.events())
-        tokens = [(moment, event["choices"][0]["delta"]["content"]) for moment, event in events
-                  if event.get("choices") and event["choices"][0]["delta"].get("content")]
+        tokens = [
+            (moment, event["choices"][0]["delta"]["content"])
+            for moment, event in events
+            if event.get("choices") and event["choices"][0]["delta"].get("content")
+        ]
         self._expect(question, "".join(text for _, text in tokens))
         if len(tokens) < 2:
             raise Wrong(f"the whole answer came in {len(tokens)} chunk")
@@ -269,8 +296,10 @@ class Verification:
         self._expect_model(events[0][1])
         if not any(line == "data: [DONE]" for _, line in answer.lines[-3:]):
             raise Wrong("the stream ends without [DONE]")
-        return (f"{len(tokens)} chunks, the first after {first:.2f} s, the last after {last:.2f} s, "
-                f"usage at the end: {usage['completion_tokens']} tokens"), last - first
+        return (
+            f"{len(tokens)} chunks, the first after {first:.2f} s, the last after {last:.2f} s, "
+            f"usage at the end: {usage['completion_tokens']} tokens"
+        ), last - first
 
     def check_thinking(self) -> str:
         question = self.questions["thinking"]
@@ -286,8 +315,9 @@ class Verification:
 
     def check_tool_call(self) -> str:
         question = self.questions["tool_call"]
-        choice = self._chat(question, max_tokens=512, tools=[{"type": "function", "function": question["tool"]}],
-                            tool_choice="auto")["choices"][0]
+        choice = self._chat(
+            question, max_tokens=512, tools=[{"type": "function", "function": question["tool"]}], tool_choice="auto"
+        )["choices"][0]
         calls = choice["message"].get("tool_calls") or []
         if len(calls) != 1:
             raise Wrong(f"{len(calls)} tool calls, text {shorten(choice['message'].get('content') or '')!r}")
@@ -313,14 +343,17 @@ class Verification:
         return f"{text.strip()!r}, stop_reason {body['stop_reason']}, {body['usage']['output_tokens']} output tokens"
 
     def check_messages_stream(self) -> str:
-        answer = self.edge.request("POST", "/v1/messages", {**self._messages_body(), "stream": True},
-                                   self._anthropic_keys())
+        answer = self.edge.request(
+            "POST", "/v1/messages", {**self._messages_body(), "stream": True}, self._anthropic_keys()
+        )
         need(answer, 200)
         events = [event for _, event in answer.events()]
         kinds = [event["type"] for event in events]
         if kinds[:1] != ["message_start"] or kinds[-1] != "message_stop":
-            raise Wrong(f"the stream goes from {(kinds or ['nothing'])[0]} to {(kinds or ['nothing'])[-1]}, "
-                        "wanted message_start to message_stop")
+            raise Wrong(
+                f"the stream goes from {(kinds or ['nothing'])[0]} to {(kinds or ['nothing'])[-1]}, "
+                "wanted message_start to message_stop"
+            )
         text = "".join(event["delta"].get("text") or "" for event in events if event["type"] == "content_block_delta")
         self._expect(self.questions["messages"], text)
         return f"{text.strip()!r} in {len(events)} events, message_start to message_stop"
@@ -341,9 +374,14 @@ class Verification:
 
     def check_wrong_key_refused(self) -> str:
         key = f"sk-glm-{secrets.token_urlsafe(32)}"
-        return self._all_refused([("GET", "/v1/models", {"Authorization": f"Bearer {key}"}),
-                                  ("GET", "/v1/models", {"x-api-key": key}),
-                                  ("POST", "/v1/messages", {"x-api-key": key})], (401,))
+        return self._all_refused(
+            [
+                ("GET", "/v1/models", {"Authorization": f"Bearer {key}"}),
+                ("GET", "/v1/models", {"x-api-key": key}),
+                ("POST", "/v1/messages", {"x-api-key": key}),
+            ],
+            (401,),
+        )
 
     def check_unlisted_path_refused(self) -> str:
         """With the right key: only the list of paths stands between."""
@@ -420,11 +458,13 @@ class Verification:
             body["chat_template_kwargs"] = {"enable_thinking": False}
         return body
 
-    def _chat(self, question: dict[str, Any], messages: list[dict[str, str]] | None = None, max_tokens: int = 64,
-              **more: Any) -> dict[str, Any]:
+    def _chat(
+        self, question: dict[str, Any], messages: list[dict[str, str]] | None = None, max_tokens: int = 64, **more: Any
+    ) -> dict[str, Any]:
         messages = messages or [{"role": "user", "content": question["prompt"]}]
-        answer = self.edge.request("POST", "/v1/chat/completions",
-                                   {**self._chat_body(question, messages, max_tokens), **more}, self.keys)
+        answer = self.edge.request(
+            "POST", "/v1/chat/completions", {**self._chat_body(question, messages, max_tokens), **more}, self.keys
+        )
         need(answer, 200)
         body = answer.json()
         self._expect_model(body)
@@ -498,7 +538,7 @@ def command(*argv: str) -> str:
 def shorten(text: str, length: int = 160) -> str:
     """One line of bounded length."""
     line = " ".join(text.split())
-    return line if len(line) <= length else f"{line[:length - 1]}…"
+    return line if len(line) <= length else f"{line[: length - 1]}…"
 
 
 def is_own_address(host: str) -> bool:

@@ -36,14 +36,17 @@ def test_keys_are_read_between_comments_and_blanks() -> None:
     assert api_keys.parse(f"# mine\n\n{KEY}\n  {OTHER_KEY}  \n", "F") == [KEY, OTHER_KEY]
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("", "F holds no key: put one a line in it, or delete it to have one made"),
-    ("# nothing\n\n", "F holds no key"),
-    ("short\n", "F, line 1: not an API key"),
-    (f"{KEY}\n{KEY} # me\n", "F, line 2: not an API key"),
-    (f"# mine\n{KEY}\n{OTHER_KEY}\n{KEY}\n", "F, line 4: the same key as in line 2"),
-    (f"{KEY}\u00e9\n", "F, line 1: not an API key"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "F holds no key: put one a line in it, or delete it to have one made"),
+        ("# nothing\n\n", "F holds no key"),
+        ("short\n", "F, line 1: not an API key"),
+        (f"{KEY}\n{KEY} # me\n", "F, line 2: not an API key"),
+        (f"# mine\n{KEY}\n{OTHER_KEY}\n{KEY}\n", "F, line 4: the same key as in line 2"),
+        (f"{KEY}\u00e9\n", "F, line 1: not an API key"),
+    ],
+)
 def test_wrong_files_are_refused_in_one_line_without_a_key(text: str, message: str) -> None:
     with pytest.raises(api_keys.Refused) as refused:
         api_keys.parse(text, "F")
@@ -73,18 +76,36 @@ def test_a_made_key_is_private_random_and_valid(tmp_path: Path) -> None:
 
 def run_task(task: dict[str, Any], *options: str, directory: Path) -> dict[str, Any]:
     """The task's result, as the project's configuration runs it."""
-    play = [{"hosts": "localhost", "gather_facts": False, "tasks": [
-        {**task, "register": "result", "failed_when": False},
-        {"ansible.builtin.debug": {"msg": "{{ {'answer': result} | to_json }}"}}]}]
+    play = [
+        {
+            "hosts": "localhost",
+            "gather_facts": False,
+            "tasks": [
+                {**task, "register": "result", "failed_when": False},
+                {"ansible.builtin.debug": {"msg": "{{ {'answer': result} | to_json }}"}},
+            ],
+        }
+    ]
     book = directory / "play.json"
     book.write_text(json.dumps(play))
-    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1",
-                   "ANSIBLE_STDOUT_CALLBACK": "ansible.builtin.default", "ANSIBLE_CALLBACK_RESULT_FORMAT": "json"}
+    environment = {
+        **os.environ,
+        "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+        "ANSIBLE_NOCOLOR": "1",
+        "ANSIBLE_STDOUT_CALLBACK": "ansible.builtin.default",
+        "ANSIBLE_CALLBACK_RESULT_FORMAT": "json",
+    }
     program = Path(sys.executable).with_name("ansible-playbook")
-    done = subprocess.run([program, "-i", "localhost,", "-vvv", book, *options], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [program, "-i", "localhost,", "-vvv", book, *options],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    text = done.stdout[done.stdout.rindex('"msg": ') + 7:]
+    text = done.stdout[done.stdout.rindex('"msg": ') + 7 :]
     answer = json.JSONDecoder().raw_decode(text)[0]
     value: dict[str, Any] = (json.loads(answer) if isinstance(answer, str) else answer)["answer"]
     return {**value, "output": done.stdout + done.stderr}
@@ -112,18 +133,28 @@ def test_the_plugin_says_what_to_do_about_a_missing_file(tmp_path: Path) -> None
     assert result["msg"] == f"{path} does not exist: site.yml makes it, or put one key a line in it"
 
 
-def pem(days: int = 30, encryption: KeySerializationEncryption | None = None,
-        other_key: bool = False) -> tuple[str, str]:
+def pem(
+    days: int = 30, encryption: KeySerializationEncryption | None = None, other_key: bool = False
+) -> tuple[str, str]:
     """A certificate and a private key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "edge.example")])
     now = datetime.datetime.now(datetime.timezone.utc)
-    certificate = (x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-                   .serial_number(1).not_valid_before(now - datetime.timedelta(days=90))
-                   .not_valid_after(now + datetime.timedelta(days=days)).sign(key, hashes.SHA256()))
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=90))
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .sign(key, hashes.SHA256())
+    )
     shown = ec.generate_private_key(ec.SECP256R1()) if other_key else key
-    return (certificate.public_bytes(Encoding.PEM).decode(),
-            shown.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption or NoEncryption()).decode())
+    return (
+        certificate.public_bytes(Encoding.PEM).decode(),
+        shown.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption or NoEncryption()).decode(),
+    )
 
 
 def test_a_good_certificate_passes_in_either_order() -> None:
@@ -132,16 +163,19 @@ def test_a_good_certificate_passes_in_either_order() -> None:
         assert tls_certificate.check(text.encode(), 0o600, "F") > datetime.datetime.now(datetime.timezone.utc)
 
 
-@pytest.mark.parametrize(("text", "mode", "message"), [
-    ("".join(pem()), 0o644, "chmod 600 F"),
-    ("", 0o600, "F holds no PEM certificate"),
-    ("-----BEGIN CERTIFICATE-----\noops\n-----END CERTIFICATE-----\n", 0o600, "F holds no PEM certificate"),
-    (pem()[0], 0o600, "F holds no PEM private key"),
-    (pem()[1], 0o600, "F holds no PEM certificate"),
-    ("".join(pem(encryption=BestAvailableEncryption(b"secret"))), 0o600, "encrypted"),
-    ("".join(pem(other_key=True)), 0o600, "not that of the first certificate"),
-    ("".join(pem(days=-1)), 0o600, "expired on"),
-])
+@pytest.mark.parametrize(
+    ("text", "mode", "message"),
+    [
+        ("".join(pem()), 0o644, "chmod 600 F"),
+        ("", 0o600, "F holds no PEM certificate"),
+        ("-----BEGIN CERTIFICATE-----\noops\n-----END CERTIFICATE-----\n", 0o600, "F holds no PEM certificate"),
+        (pem()[0], 0o600, "F holds no PEM private key"),
+        (pem()[1], 0o600, "F holds no PEM certificate"),
+        ("".join(pem(encryption=BestAvailableEncryption(b"secret"))), 0o600, "encrypted"),
+        ("".join(pem(other_key=True)), 0o600, "not that of the first certificate"),
+        ("".join(pem(days=-1)), 0o600, "expired on"),
+    ],
+)
 def test_wrong_certificates_are_refused_in_one_line(text: str, mode: int, message: str) -> None:
     with pytest.raises(tls_certificate.Refused) as refused:
         tls_certificate.check(text.encode(), mode, "F")

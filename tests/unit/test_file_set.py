@@ -28,11 +28,14 @@ def apply(check: bool = False, **params: Any) -> file_set.FileSet:
 def test_installs_and_then_leaves_alone(tmp_path: Path) -> None:
     def wanted() -> dict[str, Any]:
         return {
-            "files": [{"path": tmp_path / "a/b/unit", "content": "[Unit]"},
-                      {"path": tmp_path / "secret", "content": "s\n", "mode": "0600"}],
+            "files": [
+                {"path": tmp_path / "a/b/unit", "content": "[Unit]"},
+                {"path": tmp_path / "secret", "content": "s\n", "mode": "0600"},
+            ],
             "directories": [{"path": tmp_path / "data", "mode": "0750"}],
             "links": [{"path": str(tmp_path / "current"), "target": "data"}],
         }
+
     os.umask(0o077)
     assert len(apply(**wanted()).changed) == 4
     os.umask(0o022)
@@ -48,9 +51,14 @@ def test_installs_and_then_leaves_alone(tmp_path: Path) -> None:
 
 def test_check_mode_writes_nothing_and_says_what_would(tmp_path: Path) -> None:
     (tmp_path / "old").write_text("one\n")
-    done = apply(check=True, files=[{"path": tmp_path / "old", "content": "two\n", "owner": "no-such-user"},
-                                    {"path": tmp_path / "new/file", "content": "x\n"}],
-                 absent=[str(tmp_path / "old")])
+    done = apply(
+        check=True,
+        files=[
+            {"path": tmp_path / "old", "content": "two\n", "owner": "no-such-user"},
+            {"path": tmp_path / "new/file", "content": "x\n"},
+        ],
+        absent=[str(tmp_path / "old")],
+    )
     assert (tmp_path / "old").read_text() == "one\n" and not (tmp_path / "new").exists()
     assert done.diff[0]["before"] == "one\n" and done.diff[0]["after"] == "two\n"
     assert len(done.changed) == 3
@@ -80,26 +88,38 @@ def test_a_refused_file_takes_the_whole_set_back(tmp_path: Path) -> None:
     (tmp_path / "map").write_text("old\n")
     os.chmod(tmp_path / "map", 0o640)
     with pytest.raises(file_set.Refused, match=r"haproxy.cfg: sh refuses the new content: bad line 3"):
-        apply(directories=[{"path": tmp_path / "dir", "mode": "0755"}],
-              files=[{"path": tmp_path / "sub/haproxy.cfg", "content": "nonsense"},
-                     {"path": tmp_path / "map", "content": "new\n", "mode": "0600"}],
-              validate=[{"path": str(tmp_path / "sub/haproxy.cfg"),
-                         "command": ["sh", "-c", "test -f %s && echo bad line 3 >&2; exit 1"]}])
+        apply(
+            directories=[{"path": tmp_path / "dir", "mode": "0755"}],
+            files=[
+                {"path": tmp_path / "sub/haproxy.cfg", "content": "nonsense"},
+                {"path": tmp_path / "map", "content": "new\n", "mode": "0600"},
+            ],
+            validate=[
+                {
+                    "path": str(tmp_path / "sub/haproxy.cfg"),
+                    "command": ["sh", "-c", "test -f %s && echo bad line 3 >&2; exit 1"],
+                }
+            ],
+        )
     assert (tmp_path / "map").read_text() == "old\n" and mode_of(tmp_path / "map") == 0o640
     assert sorted(path.name for path in tmp_path.iterdir()) == ["map"]
 
 
 def test_the_validator_sees_the_name_and_the_other_files(tmp_path: Path) -> None:
     script = f"test $(basename %s) = x.service && grep -q new {tmp_path}/env"
-    apply(files=[{"path": tmp_path / "x.service", "content": "a"}, {"path": tmp_path / "env", "content": "new"}],
-          validate=[{"path": str(tmp_path / "x.service"), "command": ["sh", "-c", script]}])
+    apply(
+        files=[{"path": tmp_path / "x.service", "content": "a"}, {"path": tmp_path / "env", "content": "new"}],
+        validate=[{"path": str(tmp_path / "x.service"), "command": ["sh", "-c", script]}],
+    )
 
 
 @pytest.mark.parametrize(("command", "refused"), [(["no-such-program"], False), (["false"], True)])
 def test_check_mode_validates_where_it_can(tmp_path: Path, command: list[str], refused: bool) -> None:
     (tmp_path / "f").write_text("old\n")
-    params = {"files": [{"path": tmp_path / "f", "content": "new"}],
-              "validate": [{"path": str(tmp_path / "f"), "command": command}]}
+    params = {
+        "files": [{"path": tmp_path / "f", "content": "new"}],
+        "validate": [{"path": str(tmp_path / "f"), "command": command}],
+    }
     if refused:
         with pytest.raises(file_set.Refused):
             apply(check=True, **params)
@@ -110,17 +130,22 @@ def test_check_mode_validates_where_it_can(tmp_path: Path, command: list[str], r
 def test_links_are_switched_and_absent_paths_removed(tmp_path: Path) -> None:
     (tmp_path / "current").symlink_to("releases/1")
     (tmp_path / "tree/deep").mkdir(parents=True)
-    done = apply(links=[{"path": str(tmp_path / "current"), "target": "releases/2"}],
-                 absent=[str(tmp_path / "tree"), str(tmp_path / "nothing")])
+    done = apply(
+        links=[{"path": str(tmp_path / "current"), "target": "releases/2"}],
+        absent=[str(tmp_path / "tree"), str(tmp_path / "nothing")],
+    )
     assert os.readlink(tmp_path / "current") == "releases/2"
     assert done.changed == [str(tmp_path / "current"), str(tmp_path / "tree")]
 
 
-@pytest.mark.parametrize(("item", "says"), [
-    ({"path": "relative", "content": ""}, "is not an absolute path"),
-    ({"path": "/tmp", "content": ""}, "is not a file"),
-    ({"path": "/tmp/x", "content": "", "mode": "rw"}, "is not octal"),
-])
+@pytest.mark.parametrize(
+    ("item", "says"),
+    [
+        ({"path": "relative", "content": ""}, "is not an absolute path"),
+        ({"path": "/tmp", "content": ""}, "is not a file"),
+        ({"path": "/tmp/x", "content": "", "mode": "rw"}, "is not octal"),
+    ],
+)
 def test_bad_input_is_one_line(item: dict[str, Any], says: str) -> None:
     with pytest.raises(file_set.Refused, match=says):
         apply(files=[item])

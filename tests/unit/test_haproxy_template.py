@@ -48,8 +48,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "several servers": {"gateway_servers": THREE},
     "every address": {"gateway_bind_address": "::"},
     "one address": {"gateway_bind_address": "127.0.0.1"},
-    "all at once": {"gateway_auth": "none", "gateway_tls_certificate_file": "x", "gateway_servers": THREE,
-                    "__gateway_certificate_digest": "0" * 64},
+    "all at once": {
+        "gateway_auth": "none",
+        "gateway_tls_certificate_file": "x",
+        "gateway_servers": THREE,
+        "__gateway_certificate_digest": "0" * 64,
+    },
 }
 
 pytestmark = pytest.mark.skipif(not HAPROXY, reason="haproxy is not installed: apt-get install haproxy")
@@ -68,8 +72,11 @@ def write_files(directory: Path, **changes: Any) -> Path:
         assert path in text or path == "/etc/glm/gateway"
         text = text.replace(path, f"{directory}/{Path(path).name}")
     config = directory / "haproxy.cfg"
-    config.write_text("".join(line + "\n" for line in text.splitlines()
-                              if not line.strip().startswith(("user ", "group ", "chroot "))))
+    config.write_text(
+        "".join(
+            line + "\n" for line in text.splitlines() if not line.strip().startswith(("user ", "group ", "chroot "))
+        )
+    )
     for name in ("gateway", "haproxy"):
         (directory / name).mkdir(exist_ok=True)
     (directory / "gateway/keys.map").write_text(template("gateway-keys.map.j2", **changes))
@@ -77,9 +84,28 @@ def write_files(directory: Path, **changes: Any) -> Path:
 
 
 def make_certificate(path: Path) -> None:
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
-                    "-days", "2", "-subj", "/CN=edge.example", "-keyout", path, "-out", f"{path}.crt"],
-                   check=True, capture_output=True)
+    subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=edge.example",
+            "-keyout",
+            path,
+            "-out",
+            f"{path}.crt",
+        ],
+        check=True,
+        capture_output=True,
+    )
     path.write_text(Path(f"{path}.crt").read_text() + path.read_text())
 
 
@@ -188,17 +214,24 @@ class Edge:
     def __init__(self, directory: Path, engines: int = 1, **changes: Any) -> None:
         self.directory, self.port = directory, free_port()
         self.engines = [Engine() for _ in range(engines)]
-        self.changes = {"gateway_bind_address": "127.0.0.1", "gateway_port": self.port, "gateway_servers": [
-            {"name": f"node{number}", "address": "127.0.0.1", "port": engine.server_port}
-            for number, engine in enumerate(self.engines)], **changes}
+        self.changes = {
+            "gateway_bind_address": "127.0.0.1",
+            "gateway_port": self.port,
+            "gateway_servers": [
+                {"name": f"node{number}", "address": "127.0.0.1", "port": engine.server_port}
+                for number, engine in enumerate(self.engines)
+            ],
+            **changes,
+        }
         config = write_files(directory, **self.changes)
         if self.changes.get("gateway_tls_certificate_file"):
             make_certificate(directory / "gateway/tls.pem")
         self.logs = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.logs.bind(str(directory / "log"))
         self.logs.settimeout(2)
-        self.process = subprocess.Popen([HAPROXY, "-W", "-f", config], stdout=subprocess.DEVNULL,
-                                        stderr=(directory / "stderr").open("w"))
+        self.process = subprocess.Popen(
+            [HAPROXY, "-W", "-f", config], stdout=subprocess.DEVNULL, stderr=(directory / "stderr").open("w")
+        )
         wait_until(lambda: self.admin("show info") != "", "HAProxy to answer")
 
     @property
@@ -217,8 +250,9 @@ class Edge:
             return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=timeout, context=context)
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
 
-    def ask(self, path: str, headers: dict[str, str] | None = None, body: bytes | None = None,
-            method: str | None = None) -> tuple[int, dict[str, Any], http.client.HTTPMessage]:
+    def ask(
+        self, path: str, headers: dict[str, str] | None = None, body: bytes | None = None, method: str | None = None
+    ) -> tuple[int, dict[str, Any], http.client.HTTPMessage]:
         connection = self.connect()
         connection.request(method or ("POST" if body is not None else "GET"), path, body, headers or {})
         answer = connection.getresponse()
@@ -278,23 +312,37 @@ def edge(start: Callable[..., Edge]) -> Edge:
     return start()
 
 
-@pytest.mark.parametrize("headers", [
-    {"Authorization": f"Bearer {KEY}"}, {"authorization": f"bearer  {KEY}"}, {"x-api-key": KEY},
-    {"x-api-key": "dummy", "Authorization": f"Bearer {KEY}"},
-])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Authorization": f"Bearer {KEY}"},
+        {"authorization": f"bearer  {KEY}"},
+        {"x-api-key": KEY},
+        {"x-api-key": "dummy", "Authorization": f"Bearer {KEY}"},
+    ],
+)
 def test_a_known_key_is_let_through_and_taken_off(edge: Edge, headers: dict[str, str]) -> None:
     assert edge.ask("/v1/models", headers)[0] == 200
-    (_, path, seen, _), = edge.engine.asked()
+    ((_, path, seen, _),) = edge.engine.asked()
     assert path == "/v1/models"
     assert KEY not in str(seen) and "authorization" not in seen and "x-api-key" not in seen
     assert seen["x-forwarded-for"] == "127.0.0.1"
 
 
-@pytest.mark.parametrize("headers", [
-    {}, {"Authorization": f"Bearer {OTHER_KEY}"}, {"x-api-key": OTHER_KEY}, {"x-api-key": ""},
-    {"Authorization": f"Basic {KEY}"}, {"Authorization": KEY}, {"Authorization": "Bearer"},
-    {"x-api-key": hashlib.sha256(KEY.encode()).hexdigest().upper()}, {"x-api-key": KEY[:-1]},
-])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": f"Bearer {OTHER_KEY}"},
+        {"x-api-key": OTHER_KEY},
+        {"x-api-key": ""},
+        {"Authorization": f"Basic {KEY}"},
+        {"Authorization": KEY},
+        {"Authorization": "Bearer"},
+        {"x-api-key": hashlib.sha256(KEY.encode()).hexdigest().upper()},
+        {"x-api-key": KEY[:-1]},
+    ],
+)
 def test_another_key_is_refused_as_both_apis_do(edge: Edge, headers: dict[str, str]) -> None:
     status, body, answer = edge.ask("/v1/chat/completions", headers, b"{}")
     assert status == 401
@@ -304,10 +352,24 @@ def test_another_key_is_refused_as_both_apis_do(edge: Edge, headers: dict[str, s
     assert edge.engine.asked() == []
 
 
-@pytest.mark.parametrize("path", [
-    "/metrics", "/tokenize", "/invocations", "/", "/v1", "/v2/models", "/health/", "/v1/../metrics",
-    "/v1/%2e%2e/metrics", "/v1/%2E%2E%2Fmetrics", "//metrics", "/v1/..", "/load",
-])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/metrics",
+        "/tokenize",
+        "/invocations",
+        "/",
+        "/v1",
+        "/v2/models",
+        "/health/",
+        "/v1/../metrics",
+        "/v1/%2e%2e/metrics",
+        "/v1/%2E%2E%2Fmetrics",
+        "//metrics",
+        "/v1/..",
+        "/load",
+    ],
+)
 @pytest.mark.parametrize("auth", ["keys", "none"])
 def test_other_paths_are_refused_even_with_the_key(start: Callable[..., Edge], path: str, auth: str) -> None:
     edge = start(gateway_auth=auth)
@@ -373,10 +435,9 @@ def test_no_log_holds_a_key_or_a_query(edge: Edge) -> None:
 def test_tls(start: Callable[..., Edge]) -> None:
     edge = start(gateway_tls_certificate_file="x", __gateway_certificate_digest="0" * 64)
     assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 200
+    plain = http.client.HTTPConnection("127.0.0.1", edge.port, timeout=5)
+    plain.request("GET", "/health")
     with pytest.raises((http.client.HTTPException, OSError)):
-        http.client.HTTPConnection("127.0.0.1", edge.port, timeout=5).request("GET", "/health")
-        plain = http.client.HTTPConnection("127.0.0.1", edge.port, timeout=5)
-        plain.request("GET", "/health")
         plain.getresponse()
 
 
@@ -401,8 +462,9 @@ def test_a_reload_keeps_what_was_drained_and_takes_new_keys_without_a_cut(start:
     stream.request("POST", "/v1/stream", b"{}", {"x-api-key": KEY})
     answer = stream.getresponse()
     write_files(edge.directory, **edge.changes, __gateway_key_digests=[hashlib.sha256(OTHER_KEY.encode()).hexdigest()])
-    problem = RELOAD.reload(edge.process.pid, str(edge.directory / "haproxy/admin.sock"),
-                            str(edge.directory / "server-state"))
+    problem = RELOAD.reload(
+        edge.process.pid, str(edge.directory / "haproxy/admin.sock"), str(edge.directory / "server-state")
+    )
     assert problem is None
     assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 401
     assert edge.ask("/v1/models", {"x-api-key": OTHER_KEY})[0] == 200
@@ -415,14 +477,16 @@ def test_a_reload_keeps_what_was_drained_and_takes_new_keys_without_a_cut(start:
 def test_a_configuration_that_haproxy_refuses_leaves_the_old_one(edge: Edge) -> None:
     config = edge.directory / "haproxy.cfg"
     config.write_text(config.read_text().replace("default_backend engines", "default_backend nowhere"))
-    problem = RELOAD.reload(edge.process.pid, str(edge.directory / "haproxy/admin.sock"),
-                            str(edge.directory / "server-state"), timeout=2)
+    problem = RELOAD.reload(
+        edge.process.pid, str(edge.directory / "haproxy/admin.sock"), str(edge.directory / "server-state"), timeout=2
+    )
     assert problem and "old configuration" in problem
     assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 200
 
 
-def test_the_program_ends_with_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-                                        tmp_path: Path) -> None:
+def test_the_program_ends_with_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(RELOAD, "CONFIG", str(tmp_path / "absent"))
     monkeypatch.setattr("sys.argv", ["gateway-reload", str(2**22 - 1)])
     assert RELOAD.main() == 1
@@ -430,12 +494,14 @@ def test_the_program_ends_with_one_line(capsys: pytest.CaptureFixture[str], monk
 
 
 def test_the_unit_takes_our_settings(tmp_path: Path) -> None:
-    unit = next((path for base in ("/lib", "/usr/lib")
-                 if (path := Path(base, "systemd/system/haproxy.service")).exists()), None)
+    unit = next(
+        (path for base in ("/lib", "/usr/lib") if (path := Path(base, "systemd/system/haproxy.service")).exists()), None
+    )
     if unit is None or not shutil.which("systemd-analyze"):
         pytest.skip("no haproxy.service or no systemd-analyze here")
     lines = template("haproxy-glm.conf.j2").replace("/opt/glm/bin/gateway-reload", "/bin/true")
     (tmp_path / "haproxy.service").write_text(unit.read_text() + lines)
-    done = subprocess.run(["systemd-analyze", "verify", tmp_path / "haproxy.service"], capture_output=True, text=True,
-                          check=False)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", tmp_path / "haproxy.service"], capture_output=True, text=True, check=False
+    )
     assert "haproxy.service" not in done.stderr.replace("Failed to create", ""), done.stderr

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator
 
-import hub_manifest
 import pytest
 from hub_manifest import Hub, HubError, build_manifest
 from small_hub import REPO, REVISION, SHARDS, TOKEN, SmallHub, model, small_hub
@@ -92,7 +92,7 @@ def test_too_many_requests_says_when(hub: SmallHub) -> None:
 
 def test_a_short_retry_after_is_waited_for(hub: SmallHub, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(hub_manifest.time, "sleep", slept.append)
+    monkeypatch.setattr(time, "sleep", slept.append)
     hub.faults["/api/"] = (429, {"Retry-After": "7"}, 1)
     assert Hub(hub.endpoint).manifest(REPO, REVISION)["files"]
     assert slept == [7]
@@ -100,7 +100,7 @@ def test_a_short_retry_after_is_waited_for(hub: SmallHub, monkeypatch: pytest.Mo
 
 def test_a_long_retry_after_is_not_waited_for(hub: SmallHub, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(hub_manifest.time, "sleep", slept.append)
+    monkeypatch.setattr(time, "sleep", slept.append)
     hub.faults["/api/"] = (429, {"RateLimit": '"api";r=0;t=290'}, 9)
     with pytest.raises(HubError, match="try again in 290 s"):
         Hub(hub.endpoint).manifest(REPO, REVISION)
@@ -108,7 +108,7 @@ def test_a_long_retry_after_is_not_waited_for(hub: SmallHub, monkeypatch: pytest
 
 
 def test_server_errors_are_retried_then_told(hub: SmallHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_manifest.time, "sleep", lambda _seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)
     hub.faults["/api/"] = (503, {}, 2)
     assert Hub(hub.endpoint).manifest(REPO, REVISION)["files"]
     hub.faults["/api/"] = (503, {}, 9)

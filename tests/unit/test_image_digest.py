@@ -21,13 +21,26 @@ def digest(body: bytes) -> str:
     return "sha256:" + hashlib.sha256(body).hexdigest()
 
 
-CONFIG = dump({"config": {"Env": ["PATH=/bin", "CUDA_VERSION=12.9.1", "EMPTY="], "Entrypoint": ["vllm", "serve"],
-                          "Labels": {"a": "b"}}})
+CONFIG = dump(
+    {
+        "config": {
+            "Env": ["PATH=/bin", "CUDA_VERSION=12.9.1", "EMPTY="],
+            "Entrypoint": ["vllm", "serve"],
+            "Labels": {"a": "b"},
+        }
+    }
+)
 IMAGE = dump({"mediaType": MANIFEST, "config": {"digest": digest(CONFIG)}, "layers": [{"size": 30}, {"size": 12}]})
-LIST = dump({"mediaType": INDEX, "manifests": [
-    {"digest": "sha256:" + "0" * 64, "platform": {"os": "linux", "architecture": "arm64"}},
-    {"digest": digest(IMAGE), "platform": {"os": "linux", "architecture": "amd64"}},
-    {"digest": "sha256:" + "1" * 64, "platform": {"os": "unknown", "architecture": "unknown"}}]})
+LIST = dump(
+    {
+        "mediaType": INDEX,
+        "manifests": [
+            {"digest": "sha256:" + "0" * 64, "platform": {"os": "linux", "architecture": "arm64"}},
+            {"digest": digest(IMAGE), "platform": {"os": "linux", "architecture": "amd64"}},
+            {"digest": "sha256:" + "1" * 64, "platform": {"os": "unknown", "architecture": "unknown"}},
+        ],
+    }
+)
 
 
 class Registry(ThreadingHTTPServer):
@@ -126,12 +139,15 @@ def test_a_body_that_is_not_what_was_asked_for(registry: Registry) -> None:
     assert "with another digest than" in fails(registry, "vllm/vllm-openai:single")
 
 
-@pytest.mark.parametrize(("status", "says"), [
-    (404, "has no vllm/vllm-openai:single (404)"),
-    (401, "it does not exist there, or needs a login"),
-    (429, "too many requests: try later, or set glm_registry_mirror"),
-    (503, "answers 503 for vllm/vllm-openai:single"),
-])
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        (404, "has no vllm/vllm-openai:single (404)"),
+        (401, "it does not exist there, or needs a login"),
+        (429, "too many requests: try later, or set glm_registry_mirror"),
+        (503, "answers 503 for vllm/vllm-openai:single"),
+    ],
+)
 def test_answers_that_are_errors(registry: Registry, status: int, says: str) -> None:
     registry.answers["/v2/vllm/vllm-openai/manifests/single"] = (status, b"", {})
     assert says in fails(registry, "vllm/vllm-openai:single")
@@ -153,13 +169,16 @@ def test_a_registry_that_is_down(mirror: str) -> None:
         image_digest.resolve("vllm/vllm-openai:x", mirror, "linux/amd64", 2, 0)
 
 
-@pytest.mark.parametrize(("ref", "registry", "path", "tag"), [
-    ("ubuntu", "docker.io", "library/ubuntu", "latest"),
-    ("vllm/vllm-openai:glm52-cu129", "docker.io", "vllm/vllm-openai", "glm52-cu129"),
-    ("localhost:5000/a/b:1", "localhost:5000", "a/b", "1"),
-    ("ghcr.io/a/b", "ghcr.io", "a/b", "latest"),
-    (f"a/b@sha256:{'0' * 64}", "docker.io", "a/b", ""),
-])
+@pytest.mark.parametrize(
+    ("ref", "registry", "path", "tag"),
+    [
+        ("ubuntu", "docker.io", "library/ubuntu", "latest"),
+        ("vllm/vllm-openai:glm52-cu129", "docker.io", "vllm/vllm-openai", "glm52-cu129"),
+        ("localhost:5000/a/b:1", "localhost:5000", "a/b", "1"),
+        ("ghcr.io/a/b", "ghcr.io", "a/b", "latest"),
+        (f"a/b@sha256:{'0' * 64}", "docker.io", "a/b", ""),
+    ],
+)
 def test_references(ref: str, registry: str, path: str, tag: str) -> None:
     found = image_digest.Reference(ref)
     assert (found.registry, found.path, found.tag) == (registry, path, tag)

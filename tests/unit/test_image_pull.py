@@ -126,18 +126,20 @@ def test_an_image_under_another_digest_is_no_success(docker: Docker) -> None:
 def test_progress_tells_bytes_rate_and_time() -> None:
     progress = image_pull.Progress(4_000_000_000)
     texts = [progress.text(0)]
-    for now, message in enumerate([
-        layer("a", "Pulling fs layer"),
-        layer("b", "Pulling fs layer"),
-        layer("a", "Downloading", 0, 1_000_000_000),
-        layer("a", "Downloading", 500_000_000, 1_000_000_000),
-        layer("a", "Download complete"),
-        layer("b", "Downloading", 1_000_000_000, 3_000_000_000),
-        layer("b", "Verifying Checksum"),
-        layer("a", "Extracting", 700_000_000, 1_000_000_000),
-        layer("c", "Already exists"),
-        layer("a", "Pull complete"),
-    ]):
+    for now, message in enumerate(
+        [
+            layer("a", "Pulling fs layer"),
+            layer("b", "Pulling fs layer"),
+            layer("a", "Downloading", 0, 1_000_000_000),
+            layer("a", "Downloading", 500_000_000, 1_000_000_000),
+            layer("a", "Download complete"),
+            layer("b", "Downloading", 1_000_000_000, 3_000_000_000),
+            layer("b", "Verifying Checksum"),
+            layer("a", "Extracting", 700_000_000, 1_000_000_000),
+            layer("c", "Already exists"),
+            layer("a", "Pull complete"),
+        ]
+    ):
         progress.add(message)
         texts.append(progress.text(now))
     assert texts == [
@@ -162,16 +164,19 @@ def test_an_unreachable_registry_is_tried_again(docker: Docker) -> None:
     assert len(docker.asked) == 3
 
 
-@pytest.mark.parametrize(("text", "says"), [
-    ("write /var/x: no space left on device", "the disk of Docker's directory /data/docker is full"),
-    ("filesystem layer verification failed for digest sha256:1", "what the registry sent for vllm/vllm-openai@"),
-    ("manifest unknown: manifest unknown", f"the registry has no {IMAGE}"),
-    ("toomanyrequests: You have reached your limit", "the registry answers 429"),
-    ("pull access denied for x", "the registry refuses"),
-    ("dial tcp: lookup r: no such host", "the registry cannot be reached: dial tcp"),
-    ("something new", "something new"),
-    ("", "Docker gives no reason"),
-])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("write /var/x: no space left on device", "the disk of Docker's directory /data/docker is full"),
+        ("filesystem layer verification failed for digest sha256:1", "what the registry sent for vllm/vllm-openai@"),
+        ("manifest unknown: manifest unknown", f"the registry has no {IMAGE}"),
+        ("toomanyrequests: You have reached your limit", "the registry answers 429"),
+        ("pull access denied for x", "the registry refuses"),
+        ("dial tcp: lookup r: no such host", "the registry cannot be reached: dial tcp"),
+        ("something new", "something new"),
+        ("", "Docker gives no reason"),
+    ],
+)
 def test_what_docker_says_becomes_one_line(docker: Docker, text: str, says: str) -> None:
     assert failure(docker, [{"error": text}]).startswith(says)
 
@@ -196,12 +201,15 @@ def mirror() -> Iterator[ThreadingHTTPServer]:
     server.server_close()
 
 
-@pytest.mark.parametrize(("reply", "says"), [
-    ((404, b""), "has no vllm/vllm-openai@sha256"),
-    ((503, b""), "answers 503 for"),
-    ((200, b"{}"), "it is damaged or was tampered with"),
-    ((200, MANIFEST), "the registry cannot be reached: dial tcp"),
-])
+@pytest.mark.parametrize(
+    ("reply", "says"),
+    [
+        ((404, b""), "has no vllm/vllm-openai@sha256"),
+        ((503, b""), "answers 503 for"),
+        ((200, b"{}"), "it is damaged or was tampered with"),
+        ((200, MANIFEST), "the registry cannot be reached: dial tcp"),
+    ],
+)
 def test_the_mirror_is_asked_what_docker_does_not_tell(docker: Docker, mirror: Any, reply: Any, says: str) -> None:
     mirror.reply = reply
     assert says in failure(docker, error("dial tcp: lookup registry-1.docker.io: no such host"), mirror=mirror.url)
@@ -211,9 +219,15 @@ def test_dockers_journal_knows_more_of_the_mirror(
     docker: Docker, mirror: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mirror.reply = (200, MANIFEST)
-    (tmp_path / "journalctl").write_text("#!/bin/sh\ncat <<'EOF'\n" + (
-        'level=info msg="Attempting next endpoint for pull after error: layer \\"a\\" verification failed" spanID=1\n'
-        'level=info msg="Attempting next endpoint for pull after error: no such host"\n') + "EOF\n")
+    (tmp_path / "journalctl").write_text(
+        "#!/bin/sh\ncat <<'EOF'\n"
+        + (
+            'level=info msg="Attempting next endpoint for pull after error: '
+            'layer \\"a\\" verification failed" spanID=1\n'
+            'level=info msg="Attempting next endpoint for pull after error: no such host"\n'
+        )
+        + "EOF\n"
+    )
     (tmp_path / "journalctl").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     says = failure(docker, error("dial tcp: no such host"), mirror=mirror.url)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "molecule/shared/engine"))
-from record import REQUESTS, answer, metrics  # noqa: E402
-
+_spec = importlib.util.spec_from_file_location("record", ROOT / "molecule/shared/engine/record.py")
+assert _spec and _spec.loader
+record = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(record)
 IMAGE = "vllm/vllm-openai:light"
 REAL = json.loads((ROOT / "tests/fixtures/vllm/answers.json").read_text())
 
@@ -95,9 +96,9 @@ def test_differences_are_seen() -> None:
 
 
 @needs_image
-@pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.parametrize("name", record.REQUESTS)
 def test_same_shape(light: str, name: str) -> None:
-    real, told = REAL["answers"][name], answer(light, name)
+    real, told = REAL["answers"][name], record.answer(light, name)
     assert (told["status"], told["type"], told.get("done")) == (real["status"], real["type"], real.get("done"))
     if "events" not in real:
         assert differences(shape([real["body"]]), shape([told["body"]])) == []
@@ -112,4 +113,4 @@ def test_same_shape(light: str, name: str) -> None:
 
 @needs_image
 def test_metrics_have_real_names(light: str) -> None:
-    assert set(metrics(light)) <= set(REAL["metrics"])
+    assert set(record.metrics(light)) <= set(REAL["metrics"])

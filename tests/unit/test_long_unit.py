@@ -27,12 +27,24 @@ module, action = load("modules"), load("action")
 ONESHOT = {"Type": "oneshot", "LoadState": "loaded", "Result": "success", "ExecMainStatus": "0"}
 IDLE = {**ONESHOT, "ActiveState": "inactive", "SubState": "dead"}
 BUSY = {**ONESHOT, "ActiveState": "activating", "SubState": "start", "InvocationID": "aa", "StatusText": "1 GB of 2 GB"}
-FAILED = {**ONESHOT, "ActiveState": "failed", "SubState": "failed", "InvocationID": "aa", "Result": "exit-code",
-          "ExecMainStatus": "1"}
+FAILED = {
+    **ONESHOT,
+    "ActiveState": "failed",
+    "SubState": "failed",
+    "InvocationID": "aa",
+    "Result": "exit-code",
+    "ExecMainStatus": "1",
+}
 SERVICE = {"Type": "notify", "LoadState": "loaded", "Result": "success", "ExecMainStatus": "0"}
 SERVING = {**SERVICE, "ActiveState": "active", "SubState": "running", "InvocationID": "aa"}
-AGAIN = {**SERVICE, "ActiveState": "activating", "SubState": "auto-restart", "InvocationID": "aa",
-         "Result": "exit-code", "ExecMainStatus": "1"}
+AGAIN = {
+    **SERVICE,
+    "ActiveState": "activating",
+    "SubState": "auto-restart",
+    "InvocationID": "aa",
+    "Result": "exit-code",
+    "ExecMainStatus": "1",
+}
 
 
 class Systemd:
@@ -60,8 +72,12 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def unit(systemd: Systemd, restart: bool = False, reload_units: bool = False, **follow: Any) -> Any:
-    params = {"name": "x.service", "restart": restart, "reload_units": reload_units,
-              "follow": {"token": "t", "wait": 0.05, "started": False, "run_id": "", "boot": "", **follow}}
+    params = {
+        "name": "x.service",
+        "restart": restart,
+        "reload_units": reload_units,
+        "follow": {"token": "t", "wait": 0.05, "started": False, "run_id": "", "boot": "", **follow},
+    }
     return module.Unit(params, systemd, pause=0.0)
 
 
@@ -77,7 +93,9 @@ def client(monkeypatch: pytest.MonkeyPatch, code: int | None, stderr: str = "") 
             if code is None and next(rounds) == 0:
                 raise subprocess.TimeoutExpired(argv, timeout or 0)
             return None, stderr
+
         return SimpleNamespace(returncode=code, communicate=communicate, kill=lambda: None)
+
     monkeypatch.setattr(module.subprocess, "Popen", popen)
     return calls
 
@@ -128,15 +146,19 @@ def test_a_failure_is_the_programs_own_line(monkeypatch: pytest.MonkeyPatch) -> 
     client(monkeypatch, 1, "Job for x.service failed.\n")
     journal = "starting\nglm: error: registry r:5000 cannot be reached\nbye\n"
     answer = unit(Systemd([IDLE, FAILED], journal)).start()
-    assert answer["message"] == ("x.service: registry r:5000 cannot be reached "
-                                 "(result exit-code, exit status 1; more: journalctl -u x.service)")
+    assert answer["message"] == (
+        "x.service: registry r:5000 cannot be reached (result exit-code, exit status 1; more: journalctl -u x.service)"
+    )
 
 
-@pytest.mark.parametrize(("state", "journal", "says"), [
-    (FAILED, "one\ntwo\n", "x.service: two (result exit-code"),
-    ({**IDLE, "LoadState": "not-found"}, "", "x.service: the unit is not-found on this node"),
-    (IDLE, "", "x.service: A dependency job failed. (more: journalctl"),
-])
+@pytest.mark.parametrize(
+    ("state", "journal", "says"),
+    [
+        (FAILED, "one\ntwo\n", "x.service: two (result exit-code"),
+        ({**IDLE, "LoadState": "not-found"}, "", "x.service: the unit is not-found on this node"),
+        (IDLE, "", "x.service: A dependency job failed. (more: journalctl"),
+    ],
+)
 def test_other_failures(monkeypatch: pytest.MonkeyPatch, state: dict[str, str], journal: str, says: str) -> None:
     client(monkeypatch, 1, "A dependency job failed.\n")
     assert unit(Systemd([state], journal)).start()["message"].startswith(says)
@@ -174,6 +196,7 @@ def follow(monkeypatch: pytest.MonkeyPatch, answers: list[Any], **args: Any) -> 
         if isinstance(now, Exception):
             raise now
         return now
+
     monkeypatch.setattr(action.ActionBase, "run", lambda *_: {})
     monkeypatch.setattr(action, "Display", lambda: SimpleNamespace(display=shown.append))
     monkeypatch.setattr(action, "RECONNECT_PAUSE", 0.0)

@@ -216,8 +216,7 @@ def node(
         (node("new", "old", state=("verifying", "new", "old")), ("none", "old", "old", "old", "", False)),
         # cut off on the way to another one, which never was verified
         (node("older", "old", state=("starting", "older", "old")), ("switch", "old", "old", "old", "", False)),
-        # failed before, with something to go back to and without
-        (node("old", "older", state=("serving", "old", "older")), ("switch", "old", "old", "old", "older", False)),
+        # failed before, with nothing to go back to
         (node(None, active="inactive", state=("failed", "new", None)), ("switch", "", "", "", "", False)),
         # verified once, failed later, and runs
         (node("new", "old", state=("failed", "new", "new")), ("none", "new", "", "old", "old", False)),

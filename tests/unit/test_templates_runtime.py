@@ -15,8 +15,12 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = {"pull_ref": f"vllm/vllm-openai@sha256:{'ab' * 32}", "size_bytes": 15_000_000_000}
 NEW: dict[str, Any] = {"running": False, "version": None, "daemon_json": None, "containers_running": []}
-OLD: dict[str, Any] = {"running": True, "version": "27.5.1", "containers_running": [],
-       "daemon_json": {"runtimes": {"nvidia": {"path": "nvidia-container-runtime"}}, "log-driver": "json-file"}}
+OLD: dict[str, Any] = {
+    "running": True,
+    "version": "27.5.1",
+    "containers_running": [],
+    "daemon_json": {"runtimes": {"nvidia": {"path": "nvidia-container-runtime"}}, "log-driver": "json-file"},
+}
 EXPRESSIONS = {
     "config": "lookup('ansible.builtin.template', 'daemon.json.j2')",
     "preferences": "lookup('ansible.builtin.template', 'nvidia-container-toolkit.pref.j2')",
@@ -29,8 +33,11 @@ EXPRESSIONS = {
 
 
 def render(directory: Path, docker: dict[str, Any], **variables: Any) -> dict[str, Any]:
-    roles = [ROOT / "roles" / name / kind / "main.yml" for name in ("container_runtime", "engine_image")
-             for kind in ("defaults", "vars")]
+    roles = [
+        ROOT / "roles" / name / kind / "main.yml"
+        for name in ("container_runtime", "engine_image")
+        for kind in ("defaults", "vars")
+    ]
     node: dict[str, Any] = {"docker": docker, "container_toolkit": None, "units": {}, "cdi": {"devices": []}}
     play = {
         "hosts": "localhost", "connection": "local", "gather_facts": False, "vars_files": [str(path) for path in roles],
@@ -44,8 +51,13 @@ def render(directory: Path, docker: dict[str, Any], **variables: Any) -> dict[st
         "ansible_python_interpreter": sys.executable, **variables,
     }))  # fmt: skip
     (directory / "templates").symlink_to(ROOT / "templates")
-    done = subprocess.run(["ansible-playbook", "-i", "localhost,", "-e", "@vars.yml", "play.yml"], cwd=directory,
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["ansible-playbook", "-i", "localhost,", "-e", "@vars.yml", "play.yml"],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return dict(json.loads((directory / "out.json").read_text()))
 

@@ -29,9 +29,28 @@ vllm:num_requests_running{engine="0",model_name="glm-5.2-fp8"} 0.0
 vllm:generation_tokens_total{engine="0",model_name="a b } c"} 1024.0
 vllm:prefix_cache_hits_total{engine="0"} 7.0
 """
-ALL = ["health", "streaming", "models_list", "exact_reply", "sum", "find_fact", "second_turn", "thinking", "tool_call",
-       "messages", "messages_stream", "count_tokens", "missing_key_refused", "wrong_key_refused",
-       "unlisted_path_refused", "metrics_inside", "metrics_outside", "image_digest", "unit_state", "gpus_in_container"]
+ALL = [
+    "health",
+    "streaming",
+    "models_list",
+    "exact_reply",
+    "sum",
+    "find_fact",
+    "second_turn",
+    "thinking",
+    "tool_call",
+    "messages",
+    "messages_stream",
+    "count_tokens",
+    "missing_key_refused",
+    "wrong_key_refused",
+    "unlisted_path_refused",
+    "metrics_inside",
+    "metrics_outside",
+    "image_digest",
+    "unit_state",
+    "gpus_in_container",
+]
 CONTENT = {"exact_reply", "sum", "find_fact", "second_turn", "streaming", "thinking", "tool_call"}
 
 
@@ -112,37 +131,62 @@ class Handler(BaseHTTPRequestHandler):
         message: dict[str, Any] = {"role": "assistant", "reasoning_content": None, "tool_calls": []}
         finish = "stop"
         if "tools" in body:
-            message.update(content=None, tool_calls=[{"id": "1", "type": "function", "function": {
-                "name": "get_weather", "arguments": '{"city": "Paris"}'}}])
+            message.update(
+                content=None,
+                tool_calls=[
+                    {
+                        "id": "1",
+                        "type": "function",
+                        "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'},
+                    }
+                ],
+            )
             finish = "tool_calls"
         else:
             message["content"] = f"\n{self.reply(body)}"
             if body.get("chat_template_kwargs", {}).get("enable_thinking", True):
                 message["reasoning"] = "The user wants ok."
-        answer = self.server.change_chat(body, {
-            "model": MODEL, "choices": [{"message": message, "finish_reason": finish}],
-            "usage": {"prompt_tokens": 400, "completion_tokens": 3, "prompt_tokens_details": None}})
+        answer = self.server.change_chat(
+            body,
+            {
+                "model": MODEL,
+                "choices": [{"message": message, "finish_reason": finish}],
+                "usage": {"prompt_tokens": 400, "completion_tokens": 3, "prompt_tokens_details": None},
+            },
+        )
         if not body.get("stream"):
             return self.answer(200, answer)
         words = [word for word in re.split(r"(?= )", message["content"].strip()) if word]
         events: list[Any] = [{"model": MODEL, "choices": [{"delta": {"role": "assistant", "content": ""}}]}]
         events += [{"choices": [{"delta": {"content": word}}]} for word in words]
-        events += [{"choices": [{"delta": {}, "finish_reason": "stop"}]},
-                   {"choices": [], "usage": {"completion_tokens": len(words)}}, "[DONE]"]
+        events += [
+            {"choices": [{"delta": {}, "finish_reason": "stop"}]},
+            {"choices": [], "usage": {"completion_tokens": len(words)}},
+            "[DONE]",
+        ]
         return self.stream(events)
 
     def messages(self, body: dict[str, Any]) -> None:
         text = self.reply(body)
         if not body.get("stream"):
-            answer = {"type": "message", "model": MODEL, "stop_reason": "end_turn", "usage": {"output_tokens": 2},
-                      "content": [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": text}]}
+            answer = {
+                "type": "message",
+                "model": MODEL,
+                "stop_reason": "end_turn",
+                "usage": {"output_tokens": 2},
+                "content": [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": text}],
+            }
             return self.answer(200, self.server.change_chat(body, answer))
-        return self.stream([
-            {"type": "message_start", "message": {}},
-            {"type": "content_block_start", "content_block": {"type": "text", "text": ""}},
-            {"type": "content_block_delta", "delta": {"type": "thinking_delta", "thinking": "Hm."}},
-            {"type": "content_block_delta", "delta": {"type": "text_delta", "text": text}},
-            {"type": "message_delta", "delta": {"stop_reason": "end_turn"}}, {"type": "message_stop"}])
+        return self.stream(
+            [
+                {"type": "message_start", "message": {}},
+                {"type": "content_block_start", "content_block": {"type": "text", "text": ""}},
+                {"type": "content_block_delta", "delta": {"type": "thinking_delta", "thinking": "Hm."}},
+                {"type": "content_block_delta", "delta": {"type": "text_delta", "text": text}},
+                {"type": "message_delta", "delta": {"stop_reason": "end_turn"}},
+                {"type": "message_stop"},
+            ]
+        )
 
     def stream(self, events: list[Any]) -> None:
         self.send_response(200)
@@ -165,11 +209,22 @@ class Node:
         self.edge, self.engine = Endpoint(guarded=True), Endpoint(guarded=False)
         self.directory = directory
         self.params: dict[str, Any] = {
-            "url": f"http://127.0.0.1:{self.edge.server_port}", "engine_url": f"http://127.0.0.1:{self.engine.server_port}",
-            "model": MODEL, "auth": "keys", "api_key": KEY, "questions": deepcopy(QUESTIONS), "metrics": list(METRICS),
-            "cached_tokens_metric": "vllm:prefix_cache_hits_total", "refused_paths": ["/tokenize", "/invocations"],
-            "unit": "glm-engine.service", "container": "glm-engine", "image_digest": DIGEST, "gpu_count": 8,
-            "timeout": 5, "ready_timeout": 1}
+            "url": f"http://127.0.0.1:{self.edge.server_port}",
+            "engine_url": f"http://127.0.0.1:{self.engine.server_port}",
+            "model": MODEL,
+            "auth": "keys",
+            "api_key": KEY,
+            "questions": deepcopy(QUESTIONS),
+            "metrics": list(METRICS),
+            "cached_tokens_metric": "vllm:prefix_cache_hits_total",
+            "refused_paths": ["/tokenize", "/invocations"],
+            "unit": "glm-engine.service",
+            "container": "glm-engine",
+            "image_digest": DIGEST,
+            "gpu_count": 8,
+            "timeout": 5,
+            "ready_timeout": 1,
+        }
         self.say("inspect", "sha256:1d")
         self.say("image", json.dumps([f"vllm/vllm-openai@{DIGEST}"]))
         self.say("exec", "".join(f"GPU {n}: NVIDIA B200 (UUID: GPU-{n})\n" for n in range(8)))
@@ -235,9 +290,11 @@ def test_requests_are_as_the_questions_say(node: Node) -> None:
     assert codes and set(codes) == {codes[0]}
 
 
-def changed(path: tuple[Any, ...], value: Any,
-            when: Callable[[dict[str, Any]], bool] = lambda request: True) -> Callable[[Node], None]:
+def changed(
+    path: tuple[Any, ...], value: Any, when: Callable[[dict[str, Any]], bool] = lambda request: True
+) -> Callable[[Node], None]:
     """A mutation of the answer to the requests for which `when` holds."""
+
     def mutate(node: Node) -> None:
         def change(request: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
             if when(request):
@@ -246,7 +303,9 @@ def changed(path: tuple[Any, ...], value: Any,
                     place = place[step]
                 place[path[-1]] = value
             return answer
+
         node.edge.change_chat = change
+
     return mutate
 
 
@@ -257,6 +316,7 @@ def asks(name: str) -> Callable[[dict[str, Any]], bool]:
 def events(path: str, change: Callable[[list[Any]], list[Any]]) -> Callable[[Node], None]:
     def mutate(node: Node) -> None:
         node.edge.change_events = lambda at, sent: change(sent) if at == path else sent
+
     return mutate
 
 
@@ -285,61 +345,107 @@ MUTATIONS: dict[str, tuple[Callable[[Node], None], set[str], str]] = {
     "not healthy": (attribute("health", 503), {"health"}, "HTTP 503"),
     "another model listed": (attribute("models", ["other"]), {"models_list"}, "served are other, wanted glm-5.2-fp8"),
     "no model listed": (attribute("models", []), {"models_list"}, "no models"),
-    "more than asked": (changed(CONTENT_AT, "ok!", chat("exact_reply")), {"exact_reply"},
-                        "answered 'ok!', wanted 'ok'"),
+    "more than asked": (
+        changed(CONTENT_AT, "ok!", chat("exact_reply")),
+        {"exact_reply"},
+        "answered 'ok!', wanted 'ok'",
+    ),
     "wrong sum": (changed(CONTENT_AT, "41", asks("sum")), {"sum"}, "answered '41', wanted '42'"),
     "no content": (changed(CONTENT_AT, None, asks("sum")), {"sum"}, "answered '', wanted '42'"),
     "garbage with HTTP 200": (changed(CONTENT_AT, "!!!!!!!! \u2028 !!!", asks("sum")), {"sum"}, "wanted '42'"),
     "wrong code": (changed(CONTENT_AT, "0000", asks("find_fact")), {"find_fact"}, "answered '0000', wanted '"),
-    "no usage on the second turn": (changed(("usage",), {}, lambda request: len(request["messages"]) > 1),
-                                    {"second_turn"}, "unexpected shape"),
+    "no usage on the second turn": (
+        changed(("usage",), {}, lambda request: len(request["messages"]) > 1),
+        {"second_turn"},
+        "unexpected shape",
+    ),
     "another model answers": (changed(("model",), "other"), CONTENT - {"streaming"} | {"messages"}, "model 'other'"),
     "no choices": (changed(("choices",), [], asks("sum")), {"sum"}, "unexpected shape"),
-    "stream in one chunk": (events(CHAT, lambda sent: [
-        {"choices": [{"delta": {"content": QUESTIONS["streaming"]["expect"]}}]}, *sent[-2:]]), {"streaming"},
-        "1 chunk"),
-    "stream of another model": (events(CHAT, lambda sent: [{**sent[0], "model": "other"}, *sent[1:]]), {"streaming"},
-                                "model 'other'"),
+    "stream in one chunk": (
+        events(
+            CHAT, lambda sent: [{"choices": [{"delta": {"content": QUESTIONS["streaming"]["expect"]}}]}, *sent[-2:]]
+        ),
+        {"streaming"},
+        "1 chunk",
+    ),
+    "stream of another model": (
+        events(CHAT, lambda sent: [{**sent[0], "model": "other"}, *sent[1:]]),
+        {"streaming"},
+        "model 'other'",
+    ),
     "stream held back": (attribute("stream_pause", 0), {"streaming"}, "all at once"),
     "stream without usage": (events(CHAT, lambda sent: [*sent[:-2], sent[-1]]), {"streaming"}, "no usage"),
     "stream cut": (events(CHAT, lambda sent: sent[:-1]), {"streaming"}, "without [DONE]"),
     "stream with a wrong word": (events(CHAT, lambda sent: [*sent[:3], *sent[4:]]), {"streaming"}, "wanted '1 2 3"),
     "stream broken": (events(CHAT, lambda sent: [*sent[:3], "{oops"]), {"streaming"}, "not JSON"),
     "stream empty": (events(CHAT, lambda sent: []), {"streaming"}, "answered ''"),
-    "thinking within the answer": (changed(CONTENT_AT, "<think>Hm</think>ok", asks("thinking")), {"thinking"},
-                                   "within the answer"),
-    "no thinking": (changed(("choices", 0, "message", "reasoning"), "", asks("thinking")), {"thinking"},
-                    "no reasoning"),
+    "thinking within the answer": (
+        changed(CONTENT_AT, "<think>Hm</think>ok", asks("thinking")),
+        {"thinking"},
+        "within the answer",
+    ),
+    "no thinking": (
+        changed(("choices", 0, "message", "reasoning"), "", asks("thinking")),
+        {"thinking"},
+        "no reasoning",
+    ),
     "wrong answer after thinking": (changed(CONTENT_AT, "fine", asks("thinking")), {"thinking"}, "'fine'"),
     "no tool call": (changed(TOOL_AT, [], asks("tool_call")), {"tool_call"}, "0 tool calls"),
-    "another tool": (changed(TOOL_AT, [{"function": {**CALL["function"], "name": "get_time"}}], asks("tool_call")),
-                     {"tool_call"}, "get_time("),
-    "other arguments": (changed(TOOL_AT, [{"function": {**CALL["function"], "arguments": '{"city": "Rome"}'}}],
-                                asks("tool_call")), {"tool_call"}, "Rome"),
-    "broken arguments": (changed(TOOL_AT, [{"function": {**CALL["function"], "arguments": '{"city"'}}],
-                                 asks("tool_call")), {"tool_call"}, "wanted get_weather"),
-    "tool call that ends as text": (changed(("choices", 0, "finish_reason"), "stop", asks("tool_call")), {"tool_call"},
-                                    "finish_reason"),
+    "another tool": (
+        changed(TOOL_AT, [{"function": {**CALL["function"], "name": "get_time"}}], asks("tool_call")),
+        {"tool_call"},
+        "get_time(",
+    ),
+    "other arguments": (
+        changed(TOOL_AT, [{"function": {**CALL["function"], "arguments": '{"city": "Rome"}'}}], asks("tool_call")),
+        {"tool_call"},
+        "Rome",
+    ),
+    "broken arguments": (
+        changed(TOOL_AT, [{"function": {**CALL["function"], "arguments": '{"city"'}}], asks("tool_call")),
+        {"tool_call"},
+        "wanted get_weather",
+    ),
+    "tool call that ends as text": (
+        changed(("choices", 0, "finish_reason"), "stop", asks("tool_call")),
+        {"tool_call"},
+        "finish_reason",
+    ),
     "wrong message": (changed(("content",), [{"type": "text", "text": "no"}]), {"messages"}, "answered 'no'"),
     "message stream cut": (events(MESSAGES, lambda sent: sent[:-1]), {"messages_stream"}, "to message_delta"),
     "message stream wrong": (events(MESSAGES, lambda sent: sent[:3] + sent[4:]), {"messages_stream"}, "answered ''"),
-    "no message API": (attribute("status", {MESSAGES: 404, f"{MESSAGES}/count_tokens": 404}),
-                       {"messages", "messages_stream", "count_tokens", "wrong_key_refused"}, "HTTP 404"),
+    "no message API": (
+        attribute("status", {MESSAGES: 404, f"{MESSAGES}/count_tokens": 404}),
+        {"messages", "messages_stream", "count_tokens", "wrong_key_refused"},
+        "HTTP 404",
+    ),
     "no tokens counted": (attribute("count", 0), {"count_tokens"}, "input_tokens is 0"),
     "keys not asked for": (attribute("auth", False), {"missing_key_refused", "wrong_key_refused"}, "must be refused"),
-    "inference without a key": (attribute("paths_open", {"/invocations"}), {"unlisted_path_refused"},
-                                "/invocations HTTP 200"),
+    "inference without a key": (
+        attribute("paths_open", {"/invocations"}),
+        {"unlisted_path_refused"},
+        "/invocations HTTP 200",
+    ),
     "metrics outside": (attribute("paths_open", {"/metrics"}), {"metrics_outside"}, "/metrics HTTP 200"),
     "metrics missing": (attribute("metrics", "# none\n", "engine"), {"metrics_inside"}, "does not report vllm:num"),
-    "metrics garbled": (attribute("metrics", "a b c\n", "engine"), {"metrics_inside", "second_turn"},
-                        "unexpected shape"),
+    "metrics garbled": (
+        attribute("metrics", "a b c\n", "engine"),
+        {"metrics_inside", "second_turn"},
+        "unexpected shape",
+    ),
     "another image": (says("image", '["vllm/vllm-openai@sha256:00"]'), {"image_digest"}, "wanted sha256:abab"),
     "an image without a digest": (says("image", "null"), {"image_digest"}, "runs sha256:1d, wanted"),
     "no container": (fails("inspect", "Error: No such container: glm-engine"), {"image_digest"}, "No such container"),
-    "unit failed": (says("show", "ActiveState=failed\nSubState=failed\nNRestarts=3\nResult=exit-code"),
-                    {"unit_state"}, "failed (failed), 3 restarts, result exit-code"),
-    "7 GPUs": (says("exec", "".join(f"GPU {n}: NVIDIA B200 (UUID: GPU-{n})\n" for n in range(7))),
-               {"gpus_in_container"}, "7 GPUs (NVIDIA B200), wanted 8"),
+    "unit failed": (
+        says("show", "ActiveState=failed\nSubState=failed\nNRestarts=3\nResult=exit-code"),
+        {"unit_state"},
+        "failed (failed), 3 restarts, result exit-code",
+    ),
+    "7 GPUs": (
+        says("exec", "".join(f"GPU {n}: NVIDIA B200 (UUID: GPU-{n})\n" for n in range(7))),
+        {"gpus_in_container"},
+        "7 GPUs (NVIDIA B200), wanted 8",
+    ),
     "nvidia-smi fails": (fails("exec", "Failed to initialize NVML"), {"gpus_in_container"}, "NVML"),
 }
 

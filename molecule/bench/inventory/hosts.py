@@ -8,9 +8,7 @@ import os
 
 COUNT = int(os.environ.get("GLM_BENCH_NODES", "1"))
 NODES = {f"bench-{number:02}": {"ansible_host": f"198.18.67.{9 + number}"} for number in range(1, COUNT + 1)}
-SSH = (
-    "-o 'UserKnownHostsFile=\"{{ inventory_dir }}/keys/known_hosts\"' -o StrictHostKeyChecking=yes"
-)
+SSH = "-o 'UserKnownHostsFile=\"{{ inventory_dir }}/keys/known_hosts\"' -o StrictHostKeyChecking=yes"
 
 print(
     json.dumps(

@@ -61,8 +61,11 @@ class Course:
         tokenizer.decoder = decoders.ByteLevel()
         corpus = [json.dumps(self.questions), template, THOUGHT]
         for question in self.questions.values():
-            corpus += [question["prompt"], question.get("filler", ""), question.get("fact", ""), question["expect"]] \
-                if "expect" in question else [question["prompt"]]
+            corpus += (
+                [question["prompt"], question.get("filler", ""), question.get("fact", ""), question["expect"]]
+                if "expect" in question
+                else [question["prompt"]]
+            )
         corpus += [f"{pair:02d}" for pair in range(100)]
         tokenizer.train_from_iterator(corpus * 4, trainers.BpeTrainer(
             vocab_size=1280, min_frequency=2, special_tokens=SPECIAL,
