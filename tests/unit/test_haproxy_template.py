@@ -452,8 +452,8 @@ def test_a_session_stays_on_its_node_and_many_spread(start: Callable[..., Edge],
         for _, path, _, _ in engine.asked():
             homes.setdefault(path, set()).add(number)
     assert len(homes) == 30
-    # The bound on a node's load may send a request elsewhere while the one before it is still being closed, which a busy
-    # machine does late; without affinity two thirds of the sessions would have moved.
+    # The bound on a node's load may send a request elsewhere while the one before it is still being closed, which a
+    # busy machine does late; without affinity most of the sessions would have moved.
     assert sum(len(nodes) > 1 for nodes in homes.values()) <= 3
     assert set().union(*homes.values()) == {0, 1, 2}
 
