@@ -62,6 +62,10 @@ unit: venv ## Unit tests
 test: venv engine ## Everything that proves the project on one machine
 	@tests/run
 
+.PHONY: refusals
+refusals: venv engine ## Bad input and faults on one node: each refused in one line, or undone
+	@tests/run refusals
+
 .PHONY: bench
 bench: venv engine ## Wall time, controller CPU and round trips for 1, 4 and 16 light nodes
 	@tests/bench.py
