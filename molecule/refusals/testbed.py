@@ -28,8 +28,8 @@ SNAPSHOT = r"""
 set -u
 for directory in /etc /opt /usr/local /root /srv /var/lib/glm; do
   [ -d "$directory" ] || { echo "$directory: absent"; continue; }
-  find "$directory" -xdev -path /var/lib/glm/cache -prune -o \( -type f -size -2M -exec sha256sum {} + \) \
-    -o -printf '%p %y %m %s %l\n' | sed -E 's/^(.* d [0-7]+) [0-9]+/\1/' | sort
+  find "$directory" -xdev -path /var/lib/glm/cache -prune -o -printf '%p %y %m %u %l\n' -type f -size -2M \
+    -exec sha256sum {} + | sort
 done
 dpkg-query -W -f '${Package} ${Version} ${Status}\n'
 command -v docker || echo 'docker: absent'
