@@ -54,12 +54,16 @@ lint: venv ## ansible-lint (production), yamllint, ruff, mypy
 	@mypy
 	@MYPYPATH= mypy plugins/action/*.py # each has the name of its module
 
+.PHONY: programs
+programs:
+	@tests/programs
+
 .PHONY: unit
-unit: venv ## Unit tests
+unit: venv programs ## Unit tests
 	@pytest tests/unit
 
 .PHONY: test
-test: venv engine ## Everything that proves the project on one machine
+test: venv engine programs ## Everything that proves the project on one machine
 	@tests/run
 
 .PHONY: refusals

@@ -56,7 +56,7 @@ def main() -> int:
     RESULTS.mkdir(parents=True, exist_ok=True)
     rows = []
     for count in counts:
-        playbook("molecule/shared/destroy.yml", log=RESULTS / "destroy.log", count=count)
+        playbook("molecule/shared/destroy.yml", log=RESULTS / "destroy.log", count=max(counts))
         playbook("molecule/shared/create.yml", log=RESULTS / f"create-{count}.log", count=count)
         for start in ("bare", "converged"):
             print(f"bench: {count} node(s), {start} ...", flush=True)

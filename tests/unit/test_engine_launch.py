@@ -199,6 +199,35 @@ def test_an_engine_that_never_gets_ready_is_stopped(node: Node) -> None:
     assert "stop -t 5 glm-engine" in node.docker_log()
 
 
+def test_a_container_that_docker_never_starts(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a panic in dockerd: the container is created, and the client waits."""
+    node.install("serve()")
+    node.program(
+        node.release / "run",
+        """#!/bin/sh
+trap '' TERM
+echo created > "$HERE/container"
+echo 'docker: error during connect: EOF.'
+while :; do sleep 1; done
+""",
+    )
+    monkeypatch.setenv("HERE", str(node.directory))
+    monkeypatch.setenv("PATH", f"{node.directory}/bin", prepend=os.pathsep)
+    for name, seconds in {
+        "DOCKER_PATIENCE": 1,
+        "CREATED_INTERVAL": 0.1,
+        "CLIENT_PATIENCE": 0.5,
+        "PROBE_INTERVAL": 0.1,
+    }.items():
+        monkeypatch.setattr(engine_launch, name, seconds)
+    with pytest.raises(engine_launch.Failure) as failure:
+        engine_launch.Launch(engine_launch.Release(str(node.release))).run()
+    assert str(failure.value) == (
+        "Docker did not start the container within 1 s: docker: error during connect: EOF.: see journalctl -u docker"
+    )
+    assert not (node.directory / "container").exists()
+
+
 def test_an_engine_that_serves_another_name(node: Node) -> None:
     node.install("serve(); time.sleep(60)", served="other")
     node.launch()

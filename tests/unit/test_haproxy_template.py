@@ -7,7 +7,6 @@ import hashlib
 import http.client
 import importlib.util
 import json
-import os
 import shutil
 import socket
 import ssl
@@ -24,7 +23,7 @@ import pytest
 from ansible.plugins.filter.core import FilterModule
 
 ROOT = Path(__file__).resolve().parents[2]
-HAPROXY = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin") or ""
+HAPROXY = shutil.which("haproxy") or "/usr/sbin/haproxy"
 KEY = "sk-glm-" + "k" * 43
 OTHER_KEY = "sk-glm-" + "o" * 43
 DEFAULTS: dict[str, Any] = {
@@ -55,8 +54,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "__gateway_certificate_digest": "0" * 64,
     },
 }
-
-pytestmark = pytest.mark.skipif(not HAPROXY, reason="haproxy is not installed: apt-get install haproxy")
 
 
 def template(name: str, **variables: Any) -> str:
@@ -497,11 +494,7 @@ def test_the_program_ends_with_one_line(
 
 
 def test_the_unit_takes_our_settings(tmp_path: Path) -> None:
-    unit = next(
-        (path for base in ("/lib", "/usr/lib") if (path := Path(base, "systemd/system/haproxy.service")).exists()), None
-    )
-    if unit is None or not shutil.which("systemd-analyze"):
-        pytest.skip("no haproxy.service or no systemd-analyze here")
+    unit = Path("/usr/lib/systemd/system/haproxy.service")
     lines = template("haproxy-glm.conf.j2").replace("/opt/glm/bin/gateway-reload", "/bin/true")
     (tmp_path / "haproxy.service").write_text(unit.read_text() + lines)
     done = subprocess.run(

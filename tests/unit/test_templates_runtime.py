@@ -1,9 +1,8 @@
-"""Templates of the container runtime and the image pull, rendered by Ansible, read by the programs they are for."""
+"""Templates of the container runtime, the image and the weights, rendered by Ansible, read by the programs they are for."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = {"pull_ref": f"vllm/vllm-openai@sha256:{'ab' * 32}", "size_bytes": 15_000_000_000}
 NEW: dict[str, Any] = {"running": False, "version": None, "daemon_json": None, "containers_running": []}
+MANIFEST = {"revision": "1" * 40, "files": [{"path": "it's.json", "size": 2, "git_sha1": "0" * 40, "sha256": None}]}
 OLD: dict[str, Any] = {
     "running": True,
     "version": "27.5.1",
@@ -25,6 +25,8 @@ EXPRESSIONS = {
     "config": "lookup('ansible.builtin.template', 'daemon.json.j2')",
     "preferences": "lookup('ansible.builtin.template', 'nvidia-container-toolkit.pref.j2')",
     "unit": "lookup('ansible.builtin.template', 'glm-image-pull.service.j2')",
+    "weights": "lookup('ansible.builtin.template', 'weights.json.j2')",
+    "weights_unit": "lookup('ansible.builtin.template', 'glm-weights.service.j2')",
     "packages": "__container_runtime_packages",
     "changes": "__container_runtime_config_changes",
     "restart": "__container_runtime_restart",
@@ -35,7 +37,7 @@ EXPRESSIONS = {
 def render(directory: Path, docker: dict[str, Any], **variables: Any) -> dict[str, Any]:
     roles = [
         ROOT / "roles" / name / kind / "main.yml"
-        for name in ("container_runtime", "engine_image")
+        for name in ("container_runtime", "engine_image", "model_weights")
         for kind in ("defaults", "vars")
     ]
     node: dict[str, Any] = {"docker": docker, "container_toolkit": None, "units": {}, "cdi": {"devices": []}}
@@ -47,10 +49,12 @@ def render(directory: Path, docker: dict[str, Any], **variables: Any) -> dict[st
     }  # fmt: skip
     (directory / "play.yml").write_text(yaml.safe_dump([play]))
     (directory / "vars.yml").write_text(yaml.safe_dump({
-        "container_runtime_node": node, "__engine_image": IMAGE, "ansible_facts": {"distribution": "Debian"},
+        "container_runtime_node": node, "__engine_image": IMAGE, "__model_weights_manifest": MANIFEST,
+        "model_weights_image": IMAGE["pull_ref"], "ansible_facts": {"distribution": "Debian"},
         "ansible_python_interpreter": sys.executable, **variables,
     }))  # fmt: skip
-    (directory / "templates").symlink_to(ROOT / "templates")
+    if not (directory / "templates").exists():
+        (directory / "templates").symlink_to(ROOT / "templates")
     done = subprocess.run(
         ["ansible-playbook", "-i", "localhost,", "-e", "@vars.yml", "play.yml"],
         cwd=directory,
@@ -87,12 +91,24 @@ def test_a_converged_docker_is_left_alone(tmp_path: Path) -> None:
     assert out["changes"] == [] and not out["restart"]
 
 
-@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
-def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("unit", "program"), [("unit", "image-pull"), ("weights_unit", "weights-fetch")])
+def test_the_units_are_ones_that_systemd_takes(tmp_path: Path, unit: str, program: str) -> None:
+    text = render(tmp_path, NEW, engine_image_mirror="http://mirror:5000")[unit]
+    path = tmp_path / f"glm-{program}.service"
+    path.write_text(text.replace(f"/opt/glm/bin/{program}", "/bin/true").replace("Requires=docker.service\n", ""))
+    done = subprocess.run(["systemd-analyze", "verify", path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert path.name not in done.stderr
+
+
+def test_the_image_comes_through_the_mirror(tmp_path: Path) -> None:
     out = render(tmp_path, NEW, engine_image_mirror="http://mirror:5000")
     assert f"--mirror http://mirror:5000 \\\n  {IMAGE['pull_ref']}\n" in out["unit"] and not out["present"]
-    unit = tmp_path / "glm-image-pull.service"
-    here = out["unit"].replace("/opt/glm/bin/image-pull", "/bin/true").replace("Requires=docker.service\n", "")
-    unit.write_text(here)
-    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert "--mirror" not in render(tmp_path, NEW)["unit"]
+
+
+def test_what_the_download_is_told(tmp_path: Path) -> None:
+    told = json.loads(render(tmp_path, NEW, model_weights_token_file="/k")["weights"])
+    assert told["manifest"] == MANIFEST
+    assert told["directory"] == "/var/lib/glm/models/zai-org--GLM-5.2-FP8"
+    assert (told["image"], told["token_file"]) == (IMAGE["pull_ref"], "/etc/glm/hf-token")

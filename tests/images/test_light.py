@@ -27,17 +27,6 @@ def docker(*arguments: str) -> str:
     return subprocess.run(["docker", *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def image_is_there() -> bool:
-    try:
-        docker("image", "inspect", IMAGE)
-    except (OSError, subprocess.CalledProcessError):
-        return False
-    return True
-
-
-needs_image = pytest.mark.skipif(not image_is_there(), reason=f"no image {IMAGE}: molecule/shared/build-images light")
-
-
 @pytest.fixture(scope="module")
 def light(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     model = tmp_path_factory.mktemp("model")
@@ -95,7 +84,6 @@ def test_differences_are_seen() -> None:
     assert differences(shape([{"a": [{"b": 1}]}]), shape([{"a": [{}]}])) == [".a[].b: missing"]
 
 
-@needs_image
 @pytest.mark.parametrize("name", record.REQUESTS)
 def test_same_shape(light: str, name: str) -> None:
     real, told = REAL["answers"][name], record.answer(light, name)
@@ -111,6 +99,5 @@ def test_same_shape(light: str, name: str) -> None:
         assert differences(shape(both[0]), shape(both[1]), str(kind or "")) == []
 
 
-@needs_image
 def test_metrics_have_real_names(light: str) -> None:
     assert set(record.metrics(light)) <= set(REAL["metrics"])
