@@ -1,4 +1,4 @@
-"""The hub of the tests, as the real `hf` client sees it. Both run in the light engine's image, which has what they need."""
+"""The hub of the tests, as the real `hf` client sees it. Both run in the light engine's image."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class Client:
             (folder / "model" / name).write_bytes(content)
         self.name = docker(
             "run", "-d", "--rm", "--network", "none", "-v", f"{HUB}:/hub:ro", "-v", f"{folder}:/t",
-            "-e", "HF_ENDPOINT=http://127.0.0.1:8081", "-e", "HF_HUB_DISABLE_TELEMETRY=1", "-e", "HF_HUB_DOWNLOAD_TIMEOUT=3",
+            "-e", "HF_ENDPOINT=http://127.0.0.1:8081", "-e", "HF_HUB_DISABLE_TELEMETRY=1",
+            "-e", "HF_HUB_DOWNLOAD_TIMEOUT=3",
             "--entrypoint", "python3", IMAGE, "/hub/hub.py", "/t/model", "--faults", "/t/faults.json",
         )  # fmt: skip
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import subprocess
-import tomllib
 from importlib import metadata
 from pathlib import Path
+
+import tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,4 +1,4 @@
-"""Templates of the container runtime, the image and the weights, rendered by Ansible, read by the programs they are for."""
+"""Templates of the container runtime, the image and the weights, rendered by Ansible, read by their programs."""
 
 from __future__ import annotations
 
