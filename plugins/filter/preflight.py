@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-GIB = 1024**3
+# Ansible loads a filter by its file and puts no folder of a project's own on the path.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "module_utils"))
+from findings import GIB, Finding, gib, listed, same_version, versions
+
 # Where the loaded driver does not tell which CUDA it supports: the first branch of each CUDA major version.
 FIRST_BRANCH_OF_CUDA = {12: 525, 13: 580}
 # In the errors of image_digest and hub_manifest; a node that does not get there either says so itself.
 NOT_REACHED = "cannot be reached"
-
-
-@dataclass(frozen=True)
-class Finding:
-    id: str
-    text: str
-    fix: str
-
-    @property
-    def line(self) -> str:
-        return f"{self.id}: {self.text}: {self.fix}"
-
-    def as_dict(self) -> dict[str, str]:
-        return {"id": self.id, "text": self.text, "fix": self.fix, "line": self.line}
 
 
 @dataclass(frozen=True)
@@ -80,28 +71,8 @@ def warning(rule: Rule) -> Rule:
 # ---- words
 
 
-def versions(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", text))
-
-
-def same_version(one: str, other: str) -> bool:
-    """True also where one of the two is shortened, as NVML does."""
-    return all(a == b for a, b in zip(versions(one), versions(other)))
-
-
-def listed(names: Iterable[Any], most: int = 4) -> str:
-    """A few names, and how many more."""
-    every = [str(name) for name in names]
-    more = len(every) - most
-    return ", ".join(every[:most]) + (f" and {more} more" if more > 0 else "")
-
-
 def named(gpus: Iterable[Mapping[str, Any]]) -> str:
     return listed((f"GPU {gpu['index']} ({gpu['pci_address']})" for gpu in gpus), 8)
-
-
-def gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"
 
 
 # ---- system
