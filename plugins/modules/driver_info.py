@@ -80,7 +80,8 @@ driver:
     - C(loaded) C(version), C(branch) and C(open) of the loaded driver, or null.
     - C(installed) versions by name; C(half) packages that dpkg has not finished; C(held) packages on hold.
     - C(candidates) for each of the option C(packages), the versions that apt can fetch, newest first.
-    - C(sources) other sources of drivers, C(path) and C(uri); C(preferences) files of apt preferences that name NVIDIA.
+    - C(sources) other sources of drivers, C(path), C(uri), and whether the file holds such C(alone).
+    - C(preferences) files of apt preferences that name NVIDIA.
     - C(secure_boot) true or false, null without UEFI.
     - C(lock) C(pid) and C(process) that hold dpkg's lock, or null.
     - C(dkms_log) C(version), C(path) and the last error C(lines) of the newest log of a build, or null.
@@ -272,7 +273,7 @@ def parse_stanzas(text: str) -> list[str]:
     return entries
 
 
-def driver_sources(own: list[str], root: str = "/etc/apt") -> list[dict[str, str]]:
+def driver_sources(own: list[str], root: str = "/etc/apt") -> list[dict[str, Any]]:
     """Other sources of drivers. NVIDIA's container toolkit has a source of its own, which is none."""
     base = Path(root)
     files = [base / "sources.list", *sorted((base / "sources.list.d").glob("*"))]
@@ -281,11 +282,10 @@ def driver_sources(own: list[str], root: str = "/etc/apt") -> list[dict[str, str
         if str(path) in own or path.suffix not in (".list", ".sources"):
             continue
         entries = (parse_stanzas if path.suffix == ".sources" else parse_one_line_sources)(read(path))
-        found += [
-            {"path": str(path), "uri": entry}
-            for entry in entries
-            if SOURCES_OF_DRIVERS.search(entry) and not OTHER_SOURCES_OF_NVIDIA.search(entry)
+        drivers = [
+            entry for entry in entries if SOURCES_OF_DRIVERS.search(entry) and not OTHER_SOURCES_OF_NVIDIA.search(entry)
         ]
+        found += [{"path": str(path), "uri": entry, "alone": len(drivers) == len(entries)} for entry in drivers]
     return found
 
 

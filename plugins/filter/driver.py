@@ -1,0 +1,703 @@
+"""Plans how a node comes to the wanted driver: one rule, one small function, one line a finding."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+# Ansible loads a filter by its file and puts no folder of a project's own on the path.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "module_utils"))
+from findings import Finding, gib, listed, same_version, versions
+
+MIB = 1024**2
+FULL = 64 * MIB  # bytes free below which a failed transaction is put down to the disk
+MOST_OF_A_MESSAGE = 400  # characters, from the end
+# Names that carry a driver's version: of NVIDIA, of Ubuntu's archive (prebuilt modules) and of Debian's.
+DRIVER_PACKAGE = re.compile(
+    r"(nvidia|libnvidia|libnvsdm|nvlink5|xserver-xorg-video-nvidia|cuda-drivers|firmware-nvidia"
+    r"|linux-(modules|objects|signatures)-nvidia)(-|$)|libcuda1$"
+)
+# ... and those like them that do not go with the driver.
+OTHER_PACKAGE = re.compile(
+    r"(lib)?nvidia-(container|ctk|docker|cuda|settings|prime|egl|support|installer|vaapi|gds|fs)(-|\d|$)"
+)
+PREBUILT_MODULES = re.compile(r"linux-(modules|objects|signatures)-nvidia-")
+# Ubuntu's archive (570.195.03-0ubuntu0.24.04.1), its PPA (-0ubuntu0~gpu24.04.1) and Lambda's (-0lambda1). NVIDIA
+# itself once wrote -0ubuntu1.
+OTHER_ORIGIN = re.compile(r"-0ubuntu(?!1$)|0lambda")
+
+
+def upstream(version: str) -> str:
+    """A package's version without epoch and revision: 570.211.01 of 1:570.211.01-1ubuntu1."""
+    return version.split(":", 1)[-1].split("-", 1)[0]
+
+
+def branch_of(name: str, version: str) -> int | None:
+    """The driver branch of an installed package, None of one that does not belong to a driver."""
+    if not DRIVER_PACKAGE.match(name) or OTHER_PACKAGE.match(name):
+        return None
+    found = re.match(r"([3-9]\d\d)\.\d", upstream(version)) or re.search(r"-([3-9]\d\d)(?:-|$)", name)
+    return int(found.group(1)) if found else None
+
+
+def of_other_origin(name: str, version: str) -> bool:
+    return bool(PREBUILT_MODULES.match(name) or OTHER_ORIGIN.search(version))
+
+
+@dataclass(frozen=True)
+class Context:
+    """What was seen (driver_info, gpu_info), the branch's bill of materials, and what is wanted."""
+
+    info: Mapping[str, Any]
+    gpu: Mapping[str, Any]
+    bom: Mapping[str, Any]
+    wanted: Mapping[str, Any]
+
+    @property
+    def adopts(self) -> bool:
+        return bool(self.wanted["mode"] == "adopt")
+
+    @property
+    def branch(self) -> int:
+        return int(self.bom["branch"])
+
+    @property
+    def asked(self) -> str:
+        """The version that the user named, or nothing."""
+        return str(self.wanted.get("version") or "")
+
+    @property
+    def loaded(self) -> Mapping[str, Any]:
+        """Empty where no module is loaded."""
+        return self.info.get("loaded") or {}
+
+    @property
+    def library(self) -> str | None:
+        """The version of the libraries where it is not the loaded module's: a reboot loads that one."""
+        driver = self.gpu.get("driver") or {}
+        return str(driver["library_version"]) if driver.get("mismatch") and driver.get("library_version") else None
+
+    @property
+    def nouveau(self) -> bool:
+        return "nouveau" in self.info["modules"]
+
+    @cached_property
+    def drivers(self) -> dict[str, int]:
+        """Branches of the installed packages of drivers, by name."""
+        found = {name: branch_of(name, version) for name, version in self.info["installed"].items()}
+        return {name: branch for name, branch in found.items() if branch is not None}
+
+    def installed_version(self, name: str) -> str:
+        return upstream(self.info["installed"].get(name, ""))
+
+    @cached_property
+    def target(self) -> str:
+        """The version that the node is to run.
+
+        `install` keeps a driver of the wanted branch that is loaded and knows the GPU, and adds what is missing;
+        `upgrade` goes to the bill of materials'.
+        """
+        if self.asked:
+            return self.asked
+        if self.adopts:
+            return str(self.loaded.get("version") or self.bom["version"])
+        if self.wanted["mode"] == "install" and self.loaded.get("branch") == self.branch:
+            there = (self.installed_version(name) for name in self.bom["pinned"] if f"-{self.branch}" in name)
+            kept = next((version for version in there if version), str(self.loaded["version"]))
+            if versions(kept)[:1] == (self.branch,) and versions(kept) >= versions(self.wanted["min_version"]):
+                return kept
+        return str(self.bom["version"])
+
+    @property
+    def pinning(self) -> str:
+        return str(self.bom["pinning"]).format(version=self.target)
+
+    @cached_property
+    def packages(self) -> list[str]:
+        """All versioned packages where one of them is missing or of another version, so that apt solves them as one."""
+        installed = self.info["installed"]
+        right = all(
+            self.installed_version(name) == self.target and not of_other_origin(name, installed[name])
+            for name in self.bom["pinned"]
+        )
+        return [] if self.adopts or right else [f"{name}={self.target}*" for name in self.bom["pinned"]]
+
+    @cached_property
+    def unpinned(self) -> list[str]:
+        """What is missing of the packages that have versions of their own."""
+        if self.adopts:
+            return []
+        names = list(self.bom["unpinned"])
+        names += [self.bom[part]["package"] for part in ("cuda_toolkit", "dcgm") if self.wanted.get(part)]
+        missing = [str(name) for name in names if name not in self.info["installed"]]
+        if not self.info["headers"]:
+            missing.append(self.info["headers_package"])
+        # On Ubuntu the InfiniBand modules come in a package beside the kernel's.
+        if self.info.get("modules_extra_candidate") and not self.info["modules_extra"]:
+            missing.append(self.info["modules_extra_package"])
+        return missing
+
+    @property
+    def changes(self) -> bool:
+        return bool(self.packages or self.unpinned or (not self.adopts and self.pinning not in self.info["installed"]))
+
+    @property
+    def action(self) -> str:
+        if self.adopts:
+            return "adopt" if self.hold else "nothing"
+        if not self.changes:
+            return "nothing"
+        replaces = self.loaded and self.packages and self.loaded["version"] != self.target
+        return "upgrade" if replaces else "install"
+
+    @property
+    def replaced(self) -> list[str]:
+        """Packages that the move itself supersedes: those of the loaded driver's branch, and other pins."""
+        if not self.packages:
+            return []
+        return [
+            name
+            for name, branch in self.drivers.items()
+            if name not in (*self.bom["pinned"], self.pinning)
+            and not of_other_origin(name, self.info["installed"][name])
+            and (
+                name.startswith("nvidia-driver-pinning-")
+                or (branch != self.branch and branch == self.loaded.get("branch"))
+            )
+        ]
+
+    @property
+    def conflicting(self) -> list[str]:
+        """Packages of another branch or origin, that would break or mix with the wanted ones."""
+        if self.adopts:
+            branch = self.loaded.get("branch")
+            return [name for name, other in self.drivers.items() if branch and other != branch]
+        floating = {name for name in self.bom["pinned"] if f"-{self.branch}" not in name}
+        return [
+            name
+            for name, branch in self.drivers.items()
+            if self.packages
+            and name not in self.replaced
+            and (
+                of_other_origin(name, self.info["installed"][name]) or (branch != self.branch and name not in floating)
+            )
+        ]
+
+    @property
+    def hold(self) -> list[str]:
+        """Packages to hold that are not: what is adopted, or what the bill of materials names."""
+        if self.adopts:
+            ours = (*self.bom["pinned"], *self.bom["unpinned"])
+            names = [name for name in self.info["installed"] if name in self.drivers or name in ours]
+        else:
+            names = [*self.bom["pinned"], *self.bom["unpinned"], self.pinning]
+        return [name for name in names if name not in self.info["held"]]
+
+    @property
+    def modules(self) -> list[str]:
+        wanted = self.wanted.get("modules") or ("ib_umad", "mlx5_core", "mlx5_ib")
+        return [] if self.adopts else [name for name in wanted if name not in self.info["modules"]]
+
+    @property
+    def next_version(self) -> str | None:
+        """What a reboot would load once the plan is carried out."""
+        return (self.library or self.loaded.get("version")) if self.adopts else self.target
+
+    @property
+    def reboot(self) -> bool:
+        if self.adopts:
+            return bool(self.loaded and self.library)
+        other = self.loaded and (
+            self.loaded["version"] != self.next_version or (self.packages and self.loaded.get("open") is False)
+        )
+        return bool(other or self.nouveau)
+
+    @property
+    def wanted_words(self) -> str:
+        return f"{self.asked} of branch {self.branch}" if self.asked else f"branch {self.branch}"
+
+
+Rule = Callable[[Context], Iterator[Finding]]
+RULES: list[Rule] = []
+
+
+def rule(function: Rule) -> Rule:
+    RULES.append(function)
+    return function
+
+
+# ---- adopt
+
+
+@rule
+def nothing_to_adopt(c: Context) -> Iterator[Finding]:
+    if c.adopts and not c.loaded:
+        there = sorted({c.installed_version(name) for name in c.drivers if "pinning" not in name}, key=versions)
+        found = f"{listed(there)} installed and not loaded" if there else "nouveau" if c.nouveau else "none"
+        yield Finding(
+            "driver",
+            f"no NVIDIA driver is loaded (found {found}, wanted {c.wanted_words})",
+            "set glm_driver_mode: install",
+        )
+
+
+@rule
+def other_branch(c: Context) -> Iterator[Finding]:
+    if c.adopts and c.loaded and c.loaded["branch"] != c.branch:
+        yield Finding(
+            "driver_branch",
+            f"the loaded driver is of another branch (found {c.loaded['version']}, wanted "
+            f"{c.asked or c.bom['version']} or another of branch {c.branch})",
+            f"set glm_driver_branch: {c.loaded['branch']} to keep it, or glm_driver_mode: upgrade to replace it",
+        )
+
+
+@rule
+def other_version(c: Context) -> Iterator[Finding]:
+    if c.adopts and c.asked and c.loaded.get("branch") == c.branch and c.loaded["version"] != c.asked:
+        yield Finding(
+            "driver_version",
+            f"the loaded driver is of another version (found {c.loaded['version']}, wanted {c.asked})",
+            'set glm_driver_version: "" to keep it, or glm_driver_mode: upgrade to replace it',
+        )
+
+
+@rule
+def closed_module(c: Context) -> Iterator[Finding]:
+    if c.adopts and c.loaded.get("open") is False:
+        yield Finding(
+            "open_module",
+            "the loaded kernel module is the closed one (found proprietary, wanted open)",
+            "set glm_driver_mode: upgrade",
+        )
+
+
+@rule
+def fabric_manager(c: Context) -> Iterator[Finding]:
+    manager = c.info.get("fabric_manager_version")
+    if c.adopts and c.loaded and manager and not c.library and not same_version(manager, c.loaded["version"]):
+        yield Finding(
+            "fabric_manager",
+            f"the fabric manager does not fit the driver (found {manager}, wanted {c.loaded['version']})",
+            "set glm_driver_mode: install to have the one of the driver's version",
+        )
+
+
+# ---- versions
+
+
+@rule
+def version_of_another_branch(c: Context) -> Iterator[Finding]:
+    branch = versions(c.asked)[:1]
+    if c.asked and branch != (c.branch,):
+        yield Finding(
+            "driver_version",
+            f"the version is not of the branch (found glm_driver_version: {c.asked}, wanted one of branch {c.branch})",
+            f"set glm_driver_branch: {branch[0]}, or glm_driver_version: {c.bom['version']}"
+            if branch
+            else f"set glm_driver_version: {c.bom['version']}",
+        )
+
+
+@rule
+def too_old(c: Context) -> Iterator[Finding]:
+    found = c.loaded.get("version") if c.adopts else c.target
+    minimum = str(c.wanted["min_version"])
+    if found and versions(found) < versions(minimum):
+        fix = "glm_driver_mode: upgrade" if c.adopts else f"glm_driver_version: {c.bom['version']}"
+        yield Finding(
+            "driver_version",
+            f"the driver is too old for the GPU (found {found}, wanted {minimum} or later)",
+            f"set {fix}",
+        )
+
+
+@rule
+def unknown_to_apt(c: Context) -> Iterator[Finding]:
+    if not c.wanted.get("candidates_known") or not c.changes:
+        return
+    known = {name: [upstream(version) for version in found] for name, found in c.info["candidates"].items()}
+    needed = [name for name in (*(c.bom["pinned"] if c.packages else ()), c.pinning) if name in known]
+    lacking = [name for name in needed if c.target not in known[name]]
+    if not lacking:
+        return
+    pinned = [known[name] for name in c.bom["pinned"] if name in known]
+    everywhere = [version for version in (pinned[0] if pinned else []) if all(version in other for other in pinned)]
+    choices = list(dict.fromkeys(version for version in everywhere if versions(version)[:1] == (c.branch,)))
+    yield Finding(
+        "driver_version",
+        f"apt has no {c.target} of {listed(lacking)} (found {listed(choices, 12) or 'no version of all packages'}, "
+        f"wanted {c.target})",
+        ("set glm_driver_version to one of those, or " if choices else "set ")
+        + "glm_nvidia_apt_url to a repository that has it",
+    )
+
+
+@rule
+def unpinned_unknown_to_apt(c: Context) -> Iterator[Finding]:
+    known = c.info["candidates"]
+    lacking = [name for name in c.unpinned if name in known and not known[name]]
+    if c.wanted.get("candidates_known") and lacking:
+        optional = {c.bom["cuda_toolkit"]["package"]: "glm_cuda_toolkit", c.bom["dcgm"]["package"]: "glm_dcgm"}
+        without = "".join(f", or {optional[name]}: false to do without" for name in lacking if name in optional)
+        yield Finding(
+            "packages",
+            f"apt does not know all packages (found no {listed(lacking)}, wanted any version)",
+            f"set glm_nvidia_apt_url to a repository that has them{without}",
+        )
+
+
+# ---- what the node has to offer, where packages are to change
+
+
+@rule
+def kernel(c: Context) -> Iterator[Finding]:
+    minimum = str(c.bom["min_kernel"])
+    if c.packages and versions(c.info["kernel"])[:2] < versions(minimum)[:2]:
+        yield Finding(
+            "kernel",
+            f"the kernel is too old for branch {c.branch} (found {c.info['kernel']}, wanted {minimum} or later)",
+            "install a newer kernel of the distribution and reboot the node",
+        )
+
+
+@rule
+def headers(c: Context) -> Iterator[Finding]:
+    # Before the sources' lists are read, nothing is known of what they have.
+    if c.packages and c.wanted.get("candidates_known") and not c.info["headers"] and not c.info["headers_candidate"]:
+        yield Finding(
+            "kernel_headers",
+            f"the driver cannot be built for the running kernel (found no {c.info['headers_package']}, "
+            "wanted it installed or in apt's lists)",
+            "boot a kernel whose headers apt has (a newer one may be installed already: reboot), "
+            "or add the source that this kernel came from",
+        )
+
+
+@rule
+def secure_boot(c: Context) -> Iterator[Finding]:
+    # Where a module that DKMS built is loaded, its key is enrolled.
+    proven = c.loaded and any("dkms" in name for name in c.drivers)
+    if c.packages and c.info.get("secure_boot") and not proven:
+        yield Finding(
+            "secure_boot",
+            "the kernel loads signed modules alone, and DKMS builds unsigned ones (found Secure Boot on, wanted off)",
+            "turn Secure Boot off in the firmware, or enroll DKMS's key (`mokutil --import /var/lib/dkms/mok.pub`), "
+            "install and load the driver by hand, and run again",
+        )
+
+
+@rule
+def nouveau(c: Context) -> Iterator[Finding]:
+    if c.nouveau and c.reboot and not c.wanted["allow_reboot"]:
+        yield Finding(
+            "nouveau",
+            "nouveau holds the GPUs, and goes with a reboot only (found nouveau loaded, wanted no other driver)",
+            "set glm_allow_reboot: true",
+        )
+
+
+@rule
+def other_sources(c: Context) -> Iterator[Finding]:
+    allowed = c.wanted["remove_conflicting"]
+    left = [source for source in c.info["sources"] if c.packages and not (allowed and source["alone"])]
+    if left:
+        found = listed(f"{source['uri']} in {source['path']}" for source in left)
+        mixed = sorted({source["path"] for source in left if not source["alone"]})
+        yield Finding(
+            "apt_sources",
+            f"other sources of drivers would mix in their packages (found {found}, wanted none)",
+            f"take them out of {listed(mixed)}, which holds other sources, too"
+            if mixed
+            else "remove them, or set glm_driver_remove_conflicting: true",
+        )
+
+
+@rule
+def other_packages(c: Context) -> Iterator[Finding]:
+    if not c.conflicting or (c.wanted["remove_conflicting"] and not c.adopts):
+        return
+    found = listed((f"{name} {c.info['installed'][name]}" for name in c.conflicting), 6)
+    branch = c.loaded["branch"] if c.adopts else c.branch
+    fix = "remove them, or set glm_driver_remove_conflicting: true"
+    yield Finding(
+        "packages",
+        f"packages of another branch or origin are installed (found {found}, wanted branch {branch} of NVIDIA's alone)",
+        fix + (" and glm_driver_mode: install" if c.adopts else ""),
+    )
+
+
+# ---- work that would be cut off
+
+
+@rule
+def reboot(c: Context) -> Iterator[Finding]:
+    if not c.reboot or c.nouveau or c.wanted["allow_reboot"]:
+        return
+    kind = " (the closed module)" if c.loaded.get("open") is False and not c.adopts else ""
+    back = f", or install the packages of {c.loaded['version']} again" if c.adopts else ""
+    verb = "is installed" if c.adopts or not c.packages else "would be installed"
+    yield Finding(
+        "reboot",
+        f"a reboot is needed and not allowed (found {c.loaded['version']} loaded{kind}, while {c.next_version} {verb})",
+        f"set glm_allow_reboot: true{back}",
+    )
+
+
+@rule
+def serving(c: Context) -> Iterator[Finding]:
+    disturbs = (c.loaded and c.packages) or c.reboot
+    if not disturbs or c.wanted.get("drained"):
+        return
+    unit, containers = c.info["serving"], c.info["serving"]["containers"]
+    found = [unit["unit"]] if unit["active"] else []
+    found += [f"container {name}" for name in containers if not (unit["active"] and name in unit["unit"])]
+    found += [
+        f"{process['name']} (pid {process['pid']})"
+        for process in c.gpu.get("processes", [])
+        if not found or not process.get("container_id")
+    ]
+    if found:
+        yield Finding(
+            "serving",
+            f"the GPUs are at work (found {listed(found)}, wanted a drained node)",
+            "run playbooks/driver.yml, which drains the node first"
+            if unit["active"]
+            else "stop it, or wait until it has ended",
+        )
+
+
+# ---- the plan
+
+
+def plan_lines(c: Context) -> list[str]:
+    """The plan as a person reads it."""
+    kinds = {True: " (open)", False: " (closed)", None: ""}
+    loaded = f"{c.loaded['version']}{kinds[c.loaded.get('open')]}" if c.loaded else "nouveau" if c.nouveau else "none"
+    there = sorted({c.installed_version(name) for name in c.drivers if "pinning" not in name}, key=versions)
+    lines = [
+        f"driver: loaded {loaded}, installed {listed(there) or 'none'}, wanted {c.target}; "
+        f"mode {c.wanted['mode']}: {c.action}"
+    ]
+    if c.info["half"]:
+        lines.append(f"finish first what dpkg has not: {listed(c.info['half'], 8)}")
+    if c.info.get("lock"):
+        lines.append(f"wait for dpkg's lock, held by {c.info['lock']['process']} (pid {c.info['lock']['pid']})")
+    removed = c.replaced + (c.conflicting if not c.adopts else [])
+    for words, names in (
+        ("remove the sources", sources_to_remove(c)),
+        ("replace", removed),
+        ("pin", [c.pinning] if not c.adopts and c.pinning not in c.info["installed"] else []),
+        ("install at one version", c.packages),
+        ("install", c.unpinned),
+        ("load the modules", c.modules if c.changes else []),
+        ("hold", c.hold),
+    ):
+        if names:
+            lines.append(f"{words}: {', '.join(names)}")
+    if c.reboot:
+        what = "nouveau" if c.nouveau else c.loaded["version"]
+        lines.append(f"reboot: {what} is loaded, {c.next_version} comes with the reboot")
+    elif c.changes:
+        lines.append("reboot: not needed")
+    return lines
+
+
+def sources_to_remove(c: Context) -> list[str]:
+    """Files, where that is allowed. One that holds other sources, too, stays: a rule names it."""
+    allowed = c.packages and c.wanted["remove_conflicting"]
+    return list(dict.fromkeys(source["path"] for source in c.info["sources"] if allowed and source["alone"]))
+
+
+def driver_plan(
+    info: Mapping[str, Any], gpu: Mapping[str, Any] | None, bom: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What has to be done on a node, and what stands in the way of it.
+
+    `action` is nothing, adopt, install or upgrade. With findings nothing may be done.
+    """
+    c = Context(info, gpu or {}, bom, wanted)
+    remove = c.replaced + ([] if c.adopts else c.conflicting)
+    changed = {package.split("=", 1)[0] for package in c.packages} | set(remove)
+    return {
+        "action": c.action,
+        "version": c.target,
+        "findings": [finding.as_dict() for rule in RULES for finding in rule(c)],
+        "pinning": c.pinning,
+        "packages": c.packages,
+        "unpinned": c.unpinned,
+        "downgrade": [name for name in bom["pinned"] if c.packages and is_newer(c.installed_version(name), c.target)],
+        "remove": [name for name in remove if name not in bom["pinned"]],
+        "sources_to_remove": sources_to_remove(c),
+        "hold": c.hold,
+        "unhold": [name for name in info["held"] if name in changed],
+        "modules": c.modules,
+        "reboot": c.reboot,
+        "lines": plan_lines(c),
+    }
+
+
+def is_newer(found: str, wanted: str) -> bool:
+    return bool(found) and versions(found) > versions(wanted)
+
+
+# ---- afterwards
+
+
+def driver_wrong(
+    info: Mapping[str, Any], gpu: Mapping[str, Any] | None, bom: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> list[str]:
+    """What is not as wanted once the plan was carried out, one line each."""
+    c = Context(info, gpu or {}, bom, wanted)
+    return [finding.line for rule in (driver_after, packages_after, fabric_after) for finding in rule(c)]
+
+
+def driver_after(c: Context) -> Iterator[Finding]:
+    log = "see `journalctl -k -g NVRM`"
+    error = (c.gpu.get("driver") or {}).get("error")
+    if not c.loaded:
+        yield Finding(
+            "driver", f"the driver is not loaded (found none, wanted {c.target})", f"run `modprobe nvidia`, {log}"
+        )
+    elif c.library or c.loaded["version"] != c.target:
+        found = c.loaded["version"] + (f" with libraries of {c.library}" if c.library else "")
+        yield Finding("driver", f"the loaded driver is not the wanted one (found {found}, wanted {c.target})", "reboot")
+    elif error:
+        yield Finding("driver", f'the driver does not work (found "{error}", wanted an answer from nvidia-smi)', log)
+
+
+def packages_after(c: Context) -> Iterator[Finding]:
+    if not c.adopts:
+        wrong = [name for name in c.bom["pinned"] if c.installed_version(name) != c.target]
+        if wrong:
+            found = listed(f"{name} {c.info['installed'].get(name, 'missing')}" for name in wrong)
+            yield Finding(
+                "packages", f"versions differ (found {found}, wanted {c.target})", "see /var/log/apt/term.log"
+            )
+    if c.hold:
+        yield Finding(
+            "packages", f"packages are not on hold (found {listed(c.hold)}, wanted hold)", "see `apt-mark hold`"
+        )
+
+
+def fabric_after(c: Context) -> Iterator[Finding]:
+    manager = c.info.get("fabric_manager_version")
+    if c.loaded and manager and not same_version(manager, c.loaded["version"]):
+        yield Finding(
+            "fabric_manager",
+            f"the fabric manager does not fit the driver (found {manager}, wanted {c.loaded['version']})",
+            "see `apt policy` of its package",
+        )
+    if c.modules:
+        yield Finding(
+            "modules",
+            f"the fabric's modules are not loaded (found no {listed(c.modules)}, wanted them before its manager)",
+            "run modprobe with them, and see the kernel log",
+        )
+    states = {gpu["index"]: gpu["fabric_state"] for gpu in c.gpu.get("gpus", [])}
+    bad = [f"{state} on GPU {index}" for index, state in states.items() if state not in (None, "Completed")]
+    if bad:
+        yield Finding(
+            "fabric",
+            f"the NVLink fabric is not ready (found {listed(bad, 8)}, wanted Completed)",
+            "see `systemctl status nvidia-fabricmanager`",
+        )
+    down = [] if c.adopts else [
+        f"{unit} {state['active']}"
+        for unit, state in c.info["services"].items()
+        if state["load"] == "loaded" and state["active"] != "active"
+    ]  # fmt: skip
+    if down:
+        yield Finding(
+            "services", f"services do not run (found {listed(down)}, wanted active)", "see journalctl -u of them"
+        )
+
+
+# ---- a transaction that failed
+
+
+def apt_words(message: str) -> str:
+    """apt's errors in one line, without the command that ansible's module puts before them."""
+    said = re.sub(r"^'/?\S*apt-get .*?' failed: ", "", message.strip(), flags=re.DOTALL)
+    errors = list(dict.fromkeys(re.findall(r"^[EW]: (.+)$", said, re.MULTILINE)))
+    return " ".join(("; ".join(errors) or said).split())[-MOST_OF_A_MESSAGE:]
+
+
+def old_driver(info: Mapping[str, Any]) -> str:
+    loaded = info.get("loaded")
+    return f"the old driver {loaded['version']} is still loaded" if loaded else "no driver is loaded"
+
+
+def lock_failure(message: str, info: Mapping[str, Any]) -> str | None:
+    if not re.search(r"[Cc]ould not get lock|[Uu]nable to (acquire|lock)|Failed to lock apt", message):
+        return None
+    said = re.search(r"held by process (\d+)(?: \(([^)]+)\))?", message)
+    lock = info.get("lock")
+    if lock:
+        holder = f"{lock['process']} (pid {lock['pid']})"
+    elif said:
+        holder = f"{said.group(2) or 'a process'} (pid {said.group(1)})"
+    else:
+        holder = "a process that has ended meanwhile"
+    return f"apt_lock: dpkg's lock was not free in time (found {holder}, wanted it free): let it end, then run again"
+
+
+def disk_failure(message: str, info: Mapping[str, Any]) -> str | None:
+    log = "\n".join((info.get("dkms_log") or {}).get("lines", []))
+    full = {path: free for path, free in info.get("disk_free", {}).items() if free < FULL}
+    told = re.search(r"No space left on device|don't have enough free space", message + log)
+    if not told and not full:
+        return None
+    seen = full or info.get("disk_free", {})
+    free = ", ".join(f"{gib(size)} on {path}" for path, size in seen.items())
+    return (
+        f"disk_space: the disk is full (found {free} free, wanted room for the packages), {old_driver(info)}: "
+        "free space, then run again: what dpkg left half done is finished first"
+    )
+
+
+def dkms_failure(message: str, info: Mapping[str, Any]) -> str | None:
+    words, log = apt_words(message), info.get("dkms_log")
+    if not re.search(r"dkms|bad return status", words, re.IGNORECASE) and not any("dkms" in n for n in info["half"]):
+        return None
+    said = f'found "{" | ".join(log["lines"])}" at the end of {log["path"]}' if log else f'found "{words}"'
+    version = f" {log['version']}" if log else ""
+    return (
+        f"dkms: the module{version} could not be built for the kernel {info['kernel']} ({said}, wanted a module), "
+        f"{old_driver(info)}: "
+        + ("mend what it names" if info["headers"] else f"install {info['headers_package']}")
+        + ", or set glm_driver_version to a version that builds, then run again"
+    )
+
+
+def other_failure(message: str, info: Mapping[str, Any]) -> str:
+    """apt's own words, with what may help; the line of another task is left as it is."""
+    words = apt_words(message)
+    if re.search(r"NO_PUBKEY|not signed|GPG|EXPKEYSIG|BADSIG|fingerprint|[Ss]igning key", words):
+        return f"apt: {words}: set glm_nvidia_apt_key_fingerprint to the fingerprint of the repository's key"
+    if re.search(r"Failed to fetch|[Cc]ould not resolve|does not have a Release|Request failed|urlopen|HTTP", words):
+        return f"apt: {words}: check glm_nvidia_apt_url"
+    if re.search(r"unmet dependencies|held broken packages|unable to correct problems|conflicts?\b", words, re.I):
+        return f"apt: {words}: set glm_driver_remove_conflicting: true, or another glm_driver_version"
+    if words != " ".join(message.split()):
+        return f"apt: {words}, {old_driver(info)}: see /var/log/apt/term.log on the node, then run again"
+    return words
+
+
+def driver_failure(message: str, info: Mapping[str, Any]) -> str:
+    """One line for a transaction that failed. `info` is what driver_info saw afterwards."""
+    for explain in (lock_failure, disk_failure, dkms_failure):
+        line = explain(message, info)
+        if line:
+            return line
+    return other_failure(message, info)
+
+
+class FilterModule:
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        return {"driver_plan": driver_plan, "driver_failure": driver_failure, "driver_wrong": driver_wrong}
