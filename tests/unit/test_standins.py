@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -168,6 +170,153 @@ def test_each_package_of_the_table_can_be_made() -> None:
                 used.add(package["source"])
                 assert (FILES / package["source"]).is_dir(), package["name"]
     assert used == {path.name for path in FILES.iterdir()}
+
+
+@pytest.fixture(name="repositories", scope="module")
+def fixture_repositories() -> dict[str, dict[str, dict[str, str]]]:
+    """The control fields of the packages of each repository, by NAME=VERSION."""
+    build = load(SHARED / "apt/build.py", "standin_build")
+    table = yaml.safe_load((SHARED / "apt/packages.yml").read_text())
+    return {
+        repository["name"]: {
+            f"{control['Package']}={control['Version']}": control
+            for version in repository["versions"]
+            for package in repository["packages"]
+            if (control := build.control_of(package, version, "6.8.0-1030-nvidia"))
+        }
+        for repository in table["repositories"]
+    }
+
+
+def test_names_and_suffixes_of_both_branches(repositories: dict[str, dict[str, dict[str, str]]]) -> None:
+    cuda = repositories["cuda"]
+    for name in ("nvidia-fabricmanager", "libnvidia-nscq", "libnvsdm", "nvidia-imex"):
+        assert f"{name}-570=570.211.01-1" in cuda
+        assert f"{name}=580.159.04-1" in cuda
+        assert not [key for key in cuda if key.startswith((f"{name}=570", f"{name}-580"))]
+    for branch, version in (("570", "570.211.01"), ("580", "580.159.04")):
+        for name in (f"nvidia-open-{branch}", f"nvidia-dkms-{branch}-open", "nvidia-persistenced", "nvidia-modprobe"):
+            assert f"{name}={version}-1ubuntu1" in cuda
+    assert "linux-headers-6.8.0-1030-nvidia=1-1" in repositories["distribution"]
+
+
+def test_a_persistenced_of_another_branch_cannot_be_had_beside_a_driver(
+    repositories: dict[str, dict[str, dict[str, str]]],
+) -> None:
+    cuda = repositories["cuda"]
+    assert "libnvidia-cfg1 (>= 580.159.04)" in cuda["nvidia-persistenced=580.159.04-1ubuntu1"]["Depends"]
+    for branch, version in (("570", "570.211.01"), ("580", "580.159.04")):
+        library = cuda[f"libnvidia-cfg1-{branch}={version}-1ubuntu1"]
+        assert (library["Provides"], library["Conflicts"]) == (f"libnvidia-cfg1 (= {version})", "libnvidia-cfg1")
+
+
+def test_one_version_brings_a_kernel(repositories: dict[str, dict[str, dict[str, str]]]) -> None:
+    cuda = repositories["cuda"]
+    brings = [key for key, control in cuda.items() if "linux-image" in control.get("Depends", "")]
+    assert brings == ["nvidia-dkms-570-open=570.172.08-1ubuntu1"]
+    kernel = cuda[brings[0]]["Depends"].split(", ")[-1]
+    assert any(key.startswith(f"{kernel}=") for key in repositories["distribution"])
+
+
+def test_the_bills_of_materials_name_packages_that_are_there(
+    repositories: dict[str, dict[str, dict[str, str]]],
+) -> None:
+    cuda = repositories["cuda"]
+    for path in sorted((ROOT / "drivers").glob("*.yml")):
+        bom = yaml.safe_load(path.read_text())
+        for name in [*bom["pinned"], bom["pinning"].format(version=bom["version"])]:
+            assert [key for key in cuda if re.match(rf"{re.escape(name)}={re.escape(bom['version'])}-", key)], name
+        for name in (bom["cuda_toolkit"]["package"], bom["dcgm"]["package"], "nvlsm"):
+            assert [key for key in cuda if key.startswith(f"{name}=")], name
+
+
+def test_apt_reads_the_pins() -> None:
+    """It takes no file of preferences with a dot in its name, except before "pref"."""
+    files = list((FILES / "nvidia-driver-pinning/etc/apt/preferences.d").iterdir())
+    assert [path.suffix for path in files] == [".pref"]
+    # fnmatch of apt against the names without a branch, too
+    pinned = re.search(r"^Package: (.*)$", files[0].read_text(), re.M)
+    assert pinned
+    assert {"nvidia-persistenced", "nvidia-modprobe", "nvidia-fabricmanager*", "libnvidia-cfg1-*"} <= set(
+        pinned[1].split()
+    )
+
+
+@pytest.fixture(name="fabric_manager")
+def fixture_fabric_manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The fabric manager on a machine in a folder, where it would start."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    manager = load(FILES / "nvidia-fabricmanager/usr/bin/nv-fabricmanager", "standin_fabric_manager")
+    (tmp_path / "version").write_text(f"NVRM version: NVIDIA UNIX Open Kernel Module  {VERSION}  Release Build\n")
+    (tmp_path / "nvlsm").touch()
+    (tmp_path / "module/ib_umad").mkdir(parents=True)
+    monkeypatch.setattr(manager, "VERSION", VERSION)
+    monkeypatch.setattr(manager, "MODULE", tmp_path / "version")
+    monkeypatch.setattr(manager, "MODULES", tmp_path / "module")
+    monkeypatch.setattr(manager, "SUBNET_MANAGER", tmp_path / "nvlsm")
+    return manager
+
+
+def test_the_fabric_manager_starts(fabric_manager: ModuleType) -> None:
+    assert fabric_manager.refusal() == ""
+
+
+def test_what_the_fabric_manager_refuses(fabric_manager: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fabric_manager.MODULES / "ib_umad").rmdir()
+    assert '"ib_umad" has not been loaded' in fabric_manager.refusal()
+    (fabric_manager.MODULES / "ib_umad").mkdir()
+    monkeypatch.setattr(fabric_manager, "VERSION", "570.195.03")
+    assert "don't match with driver version 570.211.01" in fabric_manager.refusal()
+    fabric_manager.SUBNET_MANAGER.unlink()
+    assert "install nvlsm" in fabric_manager.refusal()
+    fabric_manager.MODULE.unlink()
+    assert "NV_WARN_NOTHING_TO_DO" in fabric_manager.refusal()
+
+
+def run_modprobe(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The stand-in on a machine in a folder; `real` there is the real program's answer."""
+    program = (SHARED / "images/node/modprobe").read_text()
+    for path in ("/sys/module", "/proc/modules", "/etc/nvidia-stand-in", "/usr/lib/nvidia-stand-in"):
+        program = program.replace(path, f"{root}{path}")
+    program = program.replace("/usr/sbin/modprobe.distrib", f"{root}/real")
+    return subprocess.run(
+        ["bash", "-c", program, "modprobe", *arguments], capture_output=True, text=True, check=False, env=os.environ
+    )
+
+
+@pytest.fixture(name="kernel")
+def fixture_kernel(tmp_path: Path) -> Path:
+    for folder in ("sys/module", "proc", "etc/nvidia-stand-in"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "proc/modules").write_text("overlay 184320 1 - Live 0x0000000000000000\n")
+    (tmp_path / "real").write_text('#!/bin/sh\necho "real $*"\n')
+    (tmp_path / "real").chmod(0o755)
+    return tmp_path
+
+
+def test_modules_are_loaded_and_removed(kernel: Path) -> None:
+    for _ in range(2):  # the second time there is nothing to do
+        assert run_modprobe(kernel, "--all", "ib_umad", "mlx5-core", "mlx5_ib").returncode == 0
+    assert sorted(path.name for path in (kernel / "sys/module").iterdir()) == ["ib_umad", "mlx5_core", "mlx5_ib"]
+    lines = (kernel / "proc/modules").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["overlay", "ib_umad", "mlx5_core", "mlx5_ib"]
+    assert run_modprobe(kernel, "-r", "mlx5_ib").returncode == 0
+    assert "mlx5_ib" not in (kernel / "proc/modules").read_text()
+    assert not (kernel / "sys/module/mlx5_ib").exists()
+
+
+def test_other_modules_are_the_real_programs(kernel: Path) -> None:
+    assert run_modprobe(kernel, "-va", "bridge", "nf_nat").stdout == "real -va bridge nf_nat\n"
+    assert run_modprobe(kernel, "-va", "bridge", "ib_umad").stdout == "real --all bridge\n"
+    assert (kernel / "sys/module/ib_umad").is_dir()
+
+
+def test_modules_that_cannot_be_loaded(kernel: Path) -> None:
+    (kernel / "etc/nvidia-stand-in/missing-modules").write_text("mlx5_ib\n")
+    done = run_modprobe(kernel, "--all", "mlx5_ib", "ib_umad")
+    assert (done.returncode, (kernel / "sys/module/ib_umad").is_dir()) == (1, True)
+    assert "Module mlx5_ib not found in directory" in done.stderr
+    assert "Module nvidia not found" in run_modprobe(kernel, "nvidia").stderr
 
 
 def test_images_are_built_after_what_they_stand_on() -> None:

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Builds the vendors' apt repositories out of packages.yml: build.py DESTINATION
+"""Builds the apt repositories out of packages.yml: build.py DESTINATION [REPOSITORY ...]   (without names: all)
 
-Needs dpkg-deb, apt-ftparchive and gpg. The key that signs them is made on each build and stays in its GNUPGHOME.
+Needs dpkg-deb, apt-ftparchive and gpg. The key that signs them is made on each build and stays in its GNUPGHOME;
+DESTINATION/key.fingerprint names it. KERNEL is the release of the nodes' kernel, of this one where it is not set.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).resolve().parent
+KERNEL = os.environ.get("KERNEL", "") or os.uname().release
 IDENTITY = "glm-fleet testbed <testbed@localhost>"
 
 
@@ -59,14 +61,43 @@ def copy_tree(source: Path, root: Path, values: dict[str, str]) -> None:
             target.chmod(0o755 if os.access(path, os.X_OK) else 0o644)
 
 
-def build(package: dict[str, Any], version: str, pool: Path) -> None:
-    version = package.get("version", version)
-    full = package.get("epoch", "") + version
+def control_of(package: dict[str, Any], version: str, kernel: str) -> dict[str, str]:
+    """The control fields of a package of the table; none where the package is not of the version's branch."""
+    values = values_of(package, version, kernel)
+    if values["BRANCH"] not in package.get("branches", [values["BRANCH"]]):
+        return {}
+    name = fill(package["name"], values)
+    depends = [package["depends"], package.get("also_depends", {}).get(version, "")]
+    control = {
+        "Package": name,
+        "Version": values["FULL"],
+        "Architecture": "amd64",
+        "Maintainer": IDENTITY,
+        "Section": "testbed",
+        "Priority": "optional",
+        "Depends": fill(", ".join(part for part in depends if part), values),
+        "Conflicts": package.get("conflicts", ""),
+        "Replaces": package.get("conflicts", ""),
+        "Provides": fill(package.get("provides", ""), values),
+        "Description": f"stand-in for {name}, made by the glm-fleet testbed",
+    }
+    return {key: value for key, value in control.items() if value}
+
+
+def values_of(package: dict[str, Any], version: str, kernel: str) -> dict[str, str]:
+    """What is filled in for the @NAMES@ of the table and of the files."""
+    full = package.get("epoch", "") + package.get("version", version)
     if "version" not in package:
         full += package.get("revision", "-1ubuntu1")
-    values = {"VERSION": version, "BRANCH": version.split(".")[0], "FULL": full}
-    name = fill(package["name"], values)
-    archive = pool / f"{name}_{full.split(':')[-1]}_amd64.deb"
+    version = package.get("version", version)
+    return {"VERSION": version, "BRANCH": version.split(".")[0], "FULL": full, "KERNEL": kernel}
+
+
+def build(package: dict[str, Any], version: str, pool: Path) -> None:
+    control = control_of(package, version, KERNEL)
+    if not control:
+        return
+    archive = pool / f"{control['Package']}_{control['Version'].split(':')[-1]}_amd64.deb"
     if archive.exists():
         return
     with tempfile.TemporaryDirectory() as scratch:
@@ -75,24 +106,12 @@ def build(package: dict[str, Any], version: str, pool: Path) -> None:
         if "from" in package:
             unpack_debian(package["from"], root)
         if "source" in package:
-            copy_tree(HERE / "files" / package["source"], root, values)
-        control = {
-            "Package": name,
-            "Version": full,
-            "Architecture": "amd64",
-            "Maintainer": IDENTITY,
-            "Section": "testbed",
-            "Priority": "optional",
-            "Depends": fill(package["depends"], values),
-            "Conflicts": package.get("conflicts", ""),
-            "Replaces": package.get("conflicts", ""),
-            "Provides": package.get("provides", ""),
-            "Description": f"stand-in for {name}, made by the glm-fleet testbed",
-        }
+            copy_tree(HERE / "files" / package["source"], root, values_of(package, version, KERNEL))
         (root / "DEBIAN").mkdir(exist_ok=True)
-        text = "".join(f"{key}: {value}\n" for key, value in control.items() if value)
-        (root / "DEBIAN/control").write_text(text)
-        run("dpkg-deb", "--root-owner-group", "-Zzstd", "-z3", "--build", str(root), str(archive))
+        (root / "DEBIAN/control").write_text("".join(f"{key}: {value}\n" for key, value in control.items()))
+        # A kernel's release may have capitals, which no other package's name may.
+        check = ["--nocheck"] if "@KERNEL@" in package["name"] else []
+        run("dpkg-deb", *check, "--root-owner-group", "-Zzstd", "-z3", "--build", str(root), str(archive))
 
 
 def sign(directory: Path, *options: str) -> None:
@@ -140,8 +159,11 @@ def main() -> None:
     if not key_exists():
         run("gpg", "--batch", "--passphrase", "", "--quick-generate-key", IDENTITY, "rsa3072", "sign", "never")
     public = run("gpg", "--armor", "--export", IDENTITY)
+    listing = run("gpg", "--with-colons", "--fingerprint", IDENTITY)
     table = yaml.safe_load((HERE / "packages.yml").read_text())
     for repository in table["repositories"]:
+        if repository["name"] not in (sys.argv[2:] or [repository["name"]]):
+            continue
         pool = destination / ".pool" / repository["name"]
         pool.mkdir(parents=True, exist_ok=True)
         for listed in repository["versions"]:
@@ -153,6 +175,8 @@ def main() -> None:
             (destination / key).parent.mkdir(parents=True, exist_ok=True)
             (destination / key).write_text(public)
         print(f"{repository['name']}: {len(list(pool.glob('*.deb')))} packages")
+    fingerprint = next(line.split(":")[9] for line in listing.splitlines() if line.startswith("fpr:"))
+    (destination / "key.fingerprint").write_text(f"{fingerprint}\n")
 
 
 if __name__ == "__main__":
