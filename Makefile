@@ -70,6 +70,10 @@ test: venv engine programs ## Everything that proves the project on one machine
 refusals: venv engine ## Bad input and faults on one node: each refused in one line, or undone
 	@tests/run refusals
 
+.PHONY: driver
+driver: venv engine ## Install, adopt and replace the driver on nodes of five kinds; bad input and faults
+	@tests/run driver driver-refusals
+
 .PHONY: bench
 bench: venv engine ## Wall time, controller CPU and round trips for 1, 4 and 16 light nodes
 	@tests/bench.py
