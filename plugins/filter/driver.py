@@ -14,6 +14,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1] / "module_utils"))
 from findings import Finding, gib, listed, same_version, versions
 
+DISTRIBUTIONS = ("ubuntu2204", "ubuntu2404", "debian12", "debian13")  # as NVIDIA writes them
 MIB = 1024**2
 FULL = 64 * MIB  # bytes free below which a failed transaction is put down to the disk
 MOST_OF_A_MESSAGE = 400  # characters, from the end
@@ -107,9 +108,10 @@ class Context:
         if self.adopts:
             return str(self.loaded.get("version") or self.bom["version"])
         if self.wanted["mode"] == "install" and self.loaded.get("branch") == self.branch:
-            there = (self.installed_version(name) for name in self.bom["pinned"] if f"-{self.branch}" in name)
-            kept = next((version for version in there if version), str(self.loaded["version"]))
-            if versions(kept)[:1] == (self.branch,) and versions(kept) >= versions(self.wanted["min_version"]):
+            there = [self.installed_version(name) for name in self.bom["pinned"]]
+            of_branch = [version for version in there if versions(version)[:1] == (self.branch,)]
+            kept = of_branch[0] if of_branch else str(self.loaded["version"])
+            if versions(kept) >= versions(self.wanted["min_version"]):
                 return kept
         return str(self.bom["version"])
 
@@ -125,7 +127,26 @@ class Context:
             self.installed_version(name) == self.target and not of_other_origin(name, installed[name])
             for name in self.bom["pinned"]
         )
-        return [] if self.adopts or right else [f"{name}={self.target}*" for name in self.bom["pinned"]]
+        if self.adopts or right:
+            return []
+        return [f"{name}={self.target}*" for name in (*self.bom["pinned"], *self.moving)]
+
+    @cached_property
+    def moving(self) -> list[str]:
+        """Other packages of the loaded driver whose names have no branch: they go to the wanted version with it.
+
+        apt lowers a package's version only where it is asked to.
+        """
+        known = self.info["candidates"]
+        return [
+            name
+            for name, branch in self.drivers.items()
+            if name not in self.bom["pinned"]
+            and branch == self.loaded.get("branch")
+            and not re.search(r"-([3-9]\d\d)(-|$)|-pinning-", name)
+            and not of_other_origin(name, self.info["installed"][name])
+            and any(upstream(version) == self.target for version in known.get(name, []))
+        ]
 
     @cached_property
     def unpinned(self) -> list[str]:
@@ -163,7 +184,7 @@ class Context:
         return [
             name
             for name, branch in self.drivers.items()
-            if name not in (*self.bom["pinned"], self.pinning)
+            if name not in (*self.bom["pinned"], *self.moving, self.pinning)
             and not of_other_origin(name, self.info["installed"][name])
             and (
                 name.startswith("nvidia-driver-pinning-")
@@ -177,15 +198,13 @@ class Context:
         if self.adopts:
             branch = self.loaded.get("branch")
             return [name for name, other in self.drivers.items() if branch and other != branch]
-        floating = {name for name in self.bom["pinned"] if f"-{self.branch}" not in name}
+        kept = {*self.bom["pinned"], *self.moving}
         return [
             name
             for name, branch in self.drivers.items()
             if self.packages
             and name not in self.replaced
-            and (
-                of_other_origin(name, self.info["installed"][name]) or (branch != self.branch and name not in floating)
-            )
+            and (of_other_origin(name, self.info["installed"][name]) or (branch != self.branch and name not in kept))
         ]
 
     @property
@@ -356,6 +375,17 @@ def unpinned_unknown_to_apt(c: Context) -> Iterator[Finding]:
 
 
 @rule
+def distribution(c: Context) -> Iterator[Finding]:
+    found = c.wanted.get("distribution")
+    if not c.adopts and found and found not in DISTRIBUTIONS:
+        yield Finding(
+            "distribution",
+            f"NVIDIA's packages are not known for this distribution (found {found}, wanted {listed(DISTRIBUTIONS)})",
+            "install the driver by hand, and set glm_driver_mode: adopt",
+        )
+
+
+@rule
 def kernel(c: Context) -> Iterator[Finding]:
     minimum = str(c.bom["min_kernel"])
     if c.packages and versions(c.info["kernel"])[:2] < versions(minimum)[:2]:
@@ -490,7 +520,7 @@ def plan_lines(c: Context) -> list[str]:
         lines.append(f"wait for dpkg's lock, held by {c.info['lock']['process']} (pid {c.info['lock']['pid']})")
     removed = c.replaced + (c.conflicting if not c.adopts else [])
     for words, names in (
-        ("remove the sources", sources_to_remove(c)),
+        ("disable the sources", sources_to_disable(c)),
         ("replace", removed),
         ("pin", [c.pinning] if not c.adopts and c.pinning not in c.info["installed"] else []),
         ("install at one version", c.packages),
@@ -508,7 +538,7 @@ def plan_lines(c: Context) -> list[str]:
     return lines
 
 
-def sources_to_remove(c: Context) -> list[str]:
+def sources_to_disable(c: Context) -> list[str]:
     """Files, where that is allowed. One that holds other sources, too, stays: a rule names it."""
     allowed = c.packages and c.wanted["remove_conflicting"]
     return list(dict.fromkeys(source["path"] for source in c.info["sources"] if allowed and source["alone"]))
@@ -533,7 +563,7 @@ def driver_plan(
         "unpinned": c.unpinned,
         "downgrade": [name for name in bom["pinned"] if c.packages and is_newer(c.installed_version(name), c.target)],
         "remove": [name for name in remove if name not in bom["pinned"]],
-        "sources_to_remove": sources_to_remove(c),
+        "sources_to_disable": sources_to_disable(c),
         "hold": c.hold,
         "unhold": [name for name in info["held"] if name in changed],
         "modules": c.modules,

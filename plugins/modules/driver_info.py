@@ -22,7 +22,7 @@ options:
     elements: str
     default: ["*nvidia*", "libnvsdm*", "nvlsm", "nvlink5*", "cuda-*", "datacenter-gpu-manager*"]
   own_sources:
-    description: Files of apt sources that are the deployment's own, and not reported.
+    description: Files of apt sources, and their keys, that are the deployment's own. Reported by themselves.
     type: list
     elements: path
     default: []
@@ -79,8 +79,10 @@ driver:
     - C(modules) those of the option that are loaded.
     - C(loaded) C(version), C(branch) and C(open) of the loaded driver, or null.
     - C(installed) versions by name; C(half) packages that dpkg has not finished; C(held) packages on hold.
-    - C(candidates) for each of the option C(packages), the versions that apt can fetch, newest first.
+    - C(candidates) for each of the option C(packages) and of C(installed), the versions that apt can fetch, newest
+      first.
     - C(sources) other sources of drivers, C(path), C(uri), and whether the file holds such C(alone).
+    - C(own_sources) text of each of that option's files, null where there is none.
     - C(preferences) files of apt preferences that name NVIDIA.
     - C(secure_boot) true or false, null without UEFI.
     - C(lock) C(pid) and C(process) that hold dpkg's lock, or null.
@@ -163,10 +165,9 @@ def parse_loaded(text: str) -> dict[str, Any] | None:
     return {"version": branch + rest, "branch": int(branch), "open": "Open Kernel Module" in line}
 
 
-def parse_modules(text: str, wanted: list[str]) -> list[str]:
-    """Those of `wanted` that /proc/modules lists."""
-    loaded = {line.split(" ", 1)[0] for line in text.splitlines()}
-    return [name for name in wanted if name in loaded]
+def loaded_modules(wanted: list[str], root: str = "/sys/module") -> list[str]:
+    """Those of `wanted` that the kernel has, be it as a module or built in."""
+    return [name for name in wanted if os.path.isdir(os.path.join(root, name))]
 
 
 def secure_boot(root: str = "/sys/firmware/efi/efivars") -> bool | None:
@@ -478,12 +479,14 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
     with ThreadPoolExecutor(max_workers=4) as pool:
         dpkg = ["dpkg-query", "--show", "--showformat=${db:Status-Abbrev}\\t${Package}\\t${Version}\\n"]
         packages_job = pool.submit(run, dpkg, timeout)
-        policy_job = pool.submit(run, ["apt-cache", "policy", *names, headers, extra], timeout)
         show = ["systemctl", "show", "--property=LoadState,ActiveState,UnitFileState", *units]
         units_job = pool.submit(run, show, timeout)
         fabric_job = pool.submit(run, ["nv-fabricmanager", "--version"], timeout)
         containers_job = pool.submit(gpu_containers)
-        packages, policy = parse_packages(packages_job.result()), parse_policy(policy_job.result())
+        packages = parse_packages(packages_job.result())
+        present = packages.matching(params["patterns"])
+        asked = list(dict.fromkeys([*names, *present, headers, extra]))
+        policy = parse_policy(run(["apt-cache", "policy", *asked], timeout))
         services = parse_units(units_job.result(), units)
     return {
         "kernel": kernel,
@@ -494,16 +497,17 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
         "modules_extra": extra in packages.installed,
         "modules_extra_package": extra,
         "modules_extra_candidate": policy.get(extra, Policy()).candidate,
-        "modules": parse_modules(read("/proc/modules"), params["modules"]),
+        "modules": loaded_modules(params["modules"]),
         "loaded": parse_loaded(read("/proc/driver/nvidia/version")),
         "installed": {
-            **packages.matching(params["patterns"]),
+            **present,
             **{name: packages.installed[name] for name in names if name in packages.installed},
         },
         "half": packages.half,
         "held": packages.held,
-        "candidates": {name: policy.get(name, Policy()).versions for name in names},
+        "candidates": {name: policy.get(name, Policy()).versions for name in (*names, *present)},
         "sources": driver_sources(params["own_sources"]),
+        "own_sources": {path: text_or_none(path) for path in params["own_sources"]},
         "preferences": driver_preferences(),
         "secure_boot": secure_boot(),
         "lock": lock_holder(),

@@ -20,9 +20,10 @@ KERNEL = "6.8.0-60-generic"
 Dict = dict[str, Any]
 
 
-def bill(branch: int) -> Dict:
+def bill(branch: int, distribution: str = "Ubuntu") -> Dict:
+    """As the role hands it over: `pinned` for the distribution."""
     bom: Dict = yaml.safe_load((ROOT / "drivers" / f"{branch}.yml").read_text())
-    return bom
+    return {**bom, "pinned": bom["driver"][distribution] + bom["fabric"]}
 
 
 def packages_of(version: str) -> dict[str, str]:
@@ -147,7 +148,7 @@ def test_bare_node(world: World) -> None:
     ]
     assert plan["modules"] == ["ib_umad", "mlx5_core", "mlx5_ib"]
     assert set(plan["hold"]) == {*world.bom["pinned"], *world.bom["unpinned"], plan["pinning"]}
-    assert (plan["remove"], plan["downgrade"], plan["unhold"], plan["sources_to_remove"]) == ([], [], [], [])
+    assert (plan["remove"], plan["downgrade"], plan["unhold"], plan["sources_to_disable"]) == ([], [], [], [])
 
 
 def test_lines_of_a_bare_node(world: World) -> None:
@@ -197,7 +198,7 @@ def test_adopt_leaves_ubuntus_packages_and_other_sources_alone(world: World) -> 
     world.info["sources"] = [{"path": "/etc/apt/sources.list.d/cuda.list", "uri": "https://x/cuda /", "alone": True}]
     world.wanted.update(mode="adopt", remove_conflicting=True)
     plan = world.plan()
-    assert (plan["findings"], plan["sources_to_remove"], plan["remove"]) == ([], [], [])
+    assert (plan["findings"], plan["sources_to_disable"], plan["remove"]) == ([], [], [])
 
 
 def test_install_keeps_the_loaded_version_and_adds_the_fabric(world: World) -> None:
@@ -248,6 +249,21 @@ def test_move_back_lowers_what_has_no_branch_in_its_name(world: World) -> None:
     assert {"nvidia-open-580", "nvidia-fabricmanager"} <= set(plan["remove"])
 
 
+def test_on_debian_all_of_the_driver_moves_along(world: World) -> None:
+    """Its names have no branch: what is not in the bill of materials moves where apt has it, and goes where not."""
+    world.bom = bill(570, "Debian")
+    names = [*bill(580, "Debian")["pinned"], "libnvidia-ml1", "nvidia-smi"]
+    world.info["installed"] = dict.fromkeys(names, "580.159.04-1")
+    world.load("580.159.04")
+    world.apt_has("570.211.01")
+    world.info["candidates"]["libnvidia-ml1"] = ["580.159.04-1", "570.211.01-1"]
+    world.wanted.update(mode="upgrade", allow_reboot=True, distribution="debian13")
+    plan = world.plan()
+    assert plan["findings"] == []
+    assert {"libnvidia-ml1=570.211.01*", "libcuda1=570.211.01*"} <= set(plan["packages"])
+    assert set(plan["remove"]) == {"nvidia-smi", "nvidia-fabricmanager", "libnvidia-nscq", "libnvsdm", "nvidia-imex"}
+
+
 def test_an_installed_driver_that_waits_for_its_reboot(world: World) -> None:
     world.have("570.211.01")
     world.load("570.195.03")
@@ -286,8 +302,8 @@ def test_conflicts_and_sources_go_where_that_is_allowed(world: World) -> None:
     world.info["sources"] = [{"path": path, "uri": "https://x/cuda /", "alone": True}] * 2
     plan = world.plan()
     assert plan["findings"] == []
-    assert (plan["remove"], plan["sources_to_remove"]) == (["libnvidia-compute-580"], [path])
-    assert f"remove the sources: {path}" in plan["lines"]
+    assert (plan["remove"], plan["sources_to_disable"]) == (["libnvidia-compute-580"], [path])
+    assert f"disable the sources: {path}" in plan["lines"]
 
 
 def test_planning_leaves_what_was_seen_alone(world: World) -> None:
@@ -307,6 +323,10 @@ def test_without_gpu_info(world: World) -> None:
 
 def adopt_nothing(w: World) -> None:
     w.wanted["mode"] = "adopt"
+
+
+def unknown_distribution(w: World) -> None:
+    w.wanted["distribution"] = "rocky9"
 
 
 def adopt_nouveau(w: World) -> None:
@@ -457,6 +477,11 @@ def another_process(w: World) -> None:
 
 OBSTACLES: list[tuple[Callable[[World], None], str]] = [
     (
+        unknown_distribution,
+        "distribution: NVIDIA's packages are not known for this distribution (found rocky9, wanted ubuntu2204, "
+        "ubuntu2404, debian12, debian13): install the driver by hand, and set glm_driver_mode: adopt",
+    ),
+    (
         adopt_nothing,
         "driver: no NVIDIA driver is loaded (found none, wanted branch 570): set glm_driver_mode: install",
     ),
@@ -518,7 +543,7 @@ OBSTACLES: list[tuple[Callable[[World], None], str]] = [
     (
         unknown_version,
         "driver_version: apt has no 570.999.99 of nvidia-open-570, nvidia-driver-570-open, nvidia-dkms-570-open, "
-        "libnvidia-compute-570 and 7 more (found 570.211.01, 570.195.03, wanted 570.999.99): "
+        "libnvidia-compute-570 and 8 more (found 570.211.01, 570.195.03, wanted 570.999.99): "
         "set glm_driver_version to one of those, or glm_nvidia_apt_url to a repository that has it",
     ),
     (
@@ -529,7 +554,7 @@ OBSTACLES: list[tuple[Callable[[World], None], str]] = [
     (
         empty_repository,
         "driver_version: apt has no 570.211.01 of nvidia-open-570, nvidia-driver-570-open, nvidia-dkms-570-open, "
-        "libnvidia-compute-570 and 7 more (found no version of all packages, wanted 570.211.01): "
+        "libnvidia-compute-570 and 8 more (found no version of all packages, wanted 570.211.01): "
         "set glm_nvidia_apt_url to a repository that has it",
     ),
     (

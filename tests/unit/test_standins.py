@@ -158,13 +158,14 @@ def test_no_module(smi: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_package_of_the_table_can_be_made() -> None:
+    build = load(SHARED / "apt/build.py", "standin_build")
     table = yaml.safe_load((SHARED / "apt/packages.yml").read_text())
     used = set()
     for repository in table["repositories"]:
-        names = [package["name"] for package in repository["packages"]]
+        names = [package["name"] for package in build.packages_of(repository)]
         assert len(names) == len(set(names))
         assert repository["keys"]
-        for package in repository["packages"]:
+        for package in build.packages_of(repository):
             assert "depends" in package
             if "source" in package:
                 used.add(package["source"])
@@ -181,7 +182,7 @@ def fixture_repositories() -> dict[str, dict[str, dict[str, str]]]:
         repository["name"]: {
             f"{control['Package']}={control['Version']}": control
             for version in repository["versions"]
-            for package in repository["packages"]
+            for package in build.packages_of(repository)
             if (control := build.control_of(package, version, "6.8.0-1030-nvidia"))
         }
         for repository in table["repositories"]
@@ -221,13 +222,14 @@ def test_one_version_brings_a_kernel(repositories: dict[str, dict[str, dict[str,
 def test_the_bills_of_materials_name_packages_that_are_there(
     repositories: dict[str, dict[str, dict[str, str]]],
 ) -> None:
-    cuda = repositories["cuda"]
     for path in sorted((ROOT / "drivers").glob("*.yml")):
         bom = yaml.safe_load(path.read_text())
-        for name in [*bom["pinned"], bom["pinning"].format(version=bom["version"])]:
-            assert [key for key in cuda if re.match(rf"{re.escape(name)}={re.escape(bom['version'])}-", key)], name
-        for name in (bom["cuda_toolkit"]["package"], bom["dcgm"]["package"], "nvlsm"):
-            assert [key for key in cuda if key.startswith(f"{name}=")], name
+        version = re.escape(bom["version"])
+        for distribution, cuda in (("Ubuntu", repositories["cuda"]), ("Debian", repositories["cuda-debian"])):
+            for name in [*bom["driver"][distribution], *bom["fabric"], bom["pinning"].format(version=bom["version"])]:
+                assert [key for key in cuda if re.match(rf"{re.escape(name)}={version}-", key)], name
+            for name in (bom["cuda_toolkit"]["package"], bom["dcgm"]["package"], "nvlsm"):
+                assert [key for key in cuda if key.startswith(f"{name}=")], name
 
 
 def test_apt_reads_the_pins() -> None:
@@ -237,7 +239,7 @@ def test_apt_reads_the_pins() -> None:
     # fnmatch of apt against the names without a branch, too
     pinned = re.search(r"^Package: (.*)$", files[0].read_text(), re.M)
     assert pinned
-    assert {"nvidia-persistenced", "nvidia-modprobe", "nvidia-fabricmanager*", "libnvidia-cfg1-*"} <= set(
+    assert {"nvidia-persistenced", "nvidia-modprobe", "nvidia-fabricmanager*", "libnvidia-cfg1*"} <= set(
         pinned[1].split()
     )
 

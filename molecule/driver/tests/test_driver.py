@@ -11,6 +11,7 @@ import yaml
 from testinfra.host import Host
 
 BOM: dict[str, Any] = yaml.safe_load((Path(__file__).resolve().parents[3] / "drivers/570.yml").read_text())
+PINNED = {distribution: names + BOM["fabric"] for distribution, names in BOM["driver"].items()}
 VERSION: str = BOM["version"]
 ADOPTED, REPLACED, MIXED = "driver-570", "driver-580", "driver-mixed"
 FLOATING = ("nvidia-persistenced", "nvidia-modprobe")
@@ -29,6 +30,12 @@ def fixture_installed(host: Host, name: str) -> str:
     return name
 
 
+@pytest.fixture(name="pinned")
+def fixture_pinned(host: Host) -> list[str]:
+    """What has the driver's version on this distribution."""
+    return PINNED[host.system_info.distribution.capitalize()]
+
+
 def packages(host: Host) -> dict[str, str]:
     listing = host.check_output("dpkg-query -W -f '${Package} ${Version} ${db:Status-Status}\\n'")
     rows = [line.split() for line in listing.splitlines()]
@@ -39,17 +46,17 @@ def answers(host: Host, field: str) -> list[str]:
     return str(host.check_output(f"nvidia-smi --query-gpu={field} --format=csv,noheader")).splitlines()
 
 
-def simulated(host: Host, *options: str) -> Any:
+def simulated(host: Host, pinned: list[str], *options: str) -> Any:
     """apt's plan on a node without packages; the versioned names have their version, the floating ones have none."""
-    names = [f"{name}={VERSION}*" for name in BOM["pinned"] if name not in FLOATING]
+    names = [f"{name}={VERSION}*" for name in pinned if name not in FLOATING]
     command = ["apt-get", "install", "--simulate", "-o", "Dir::State::status=/tmp/no-packages", *options, *names]
     with host.sudo():
         return host.run("touch /tmp/no-packages && LC_ALL=C " + " ".join([*command, *FLOATING]))
 
 
-def test_all_packages_have_one_version(host: Host) -> None:
+def test_all_packages_have_one_version(host: Host, pinned: list[str]) -> None:
     found = packages(host)
-    wrong = {name: found.get(name) for name in BOM["pinned"] if not str(found.get(name)).startswith(f"{VERSION}-")}
+    wrong = {name: found.get(name) for name in pinned if not str(found.get(name)).startswith(f"{VERSION}-")}
     assert wrong == {}
     assert not [name for name, version in found.items() if "nvidia" in name and "580" in name + version]
 
@@ -61,9 +68,9 @@ def test_all_versions_that_count_are_equal(host: Host) -> None:
     assert host.check_output("nv-fabricmanager --version").endswith(f": {VERSION}")
 
 
-def test_packages_are_held(host: Host) -> None:
+def test_packages_are_held(host: Host, pinned: list[str]) -> None:
     held = set(host.check_output("apt-mark showhold").split())
-    assert set(BOM["pinned"]) - held == set()
+    assert set(pinned) - held == set()
     assert "nvlsm" in held
 
 
@@ -108,15 +115,17 @@ def test_only_the_node_with_another_module_was_rebooted(host: Host, name: str) -
     assert (boot != before) == (name == REPLACED)
 
 
-def test_apt_solves_it_with_the_pins(host: Host, installed: str) -> None:
-    plan = simulated(host)
+def test_apt_solves_it_with_the_pins(host: Host, pinned: list[str], installed: str) -> None:
+    plan = simulated(host, pinned)
     assert plan.rc == 0, plan.stderr
     for name in FLOATING:
         assert re.search(rf"^Inst {name} \({re.escape(VERSION)}-", plan.stdout, re.M)
 
 
-def test_a_floating_persistenced_breaks_it_without_the_pins(host: Host, installed: str) -> None:
-    plan = simulated(host, "-o", "Dir::Etc::PreferencesParts=/var/empty", "-o", "Dir::Etc::Preferences=/dev/null")
+def test_a_floating_persistenced_breaks_it_without_the_pins(host: Host, pinned: list[str], installed: str) -> None:
+    plan = simulated(
+        host, pinned, "-o", "Dir::Etc::PreferencesParts=/var/empty", "-o", "Dir::Etc::Preferences=/dev/null"
+    )
     assert plan.rc != 0
     assert "nvidia-persistenced : Depends: libnvidia-cfg1 (>= 580" in plan.stdout + plan.stderr
 

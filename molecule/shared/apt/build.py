@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,12 @@ def copy_tree(source: Path, root: Path, values: dict[str, str]) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(fill(path.read_text(), values))
             target.chmod(0o755 if os.access(path, os.X_OK) else 0o644)
+
+
+def packages_of(repository: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The packages of a repository; a list among them stands for what is in it."""
+    for entry in repository["packages"]:
+        yield from entry if isinstance(entry, list) else [entry]
 
 
 def control_of(package: dict[str, Any], version: str, kernel: str) -> dict[str, str]:
@@ -168,7 +175,7 @@ def main() -> None:
         pool.mkdir(parents=True, exist_ok=True)
         for listed in repository["versions"]:
             version = debian_version("docker.io") if listed == "@DEBIAN@" else listed
-            for package in repository["packages"]:
+            for package in packages_of(repository):
                 build(package, version, pool)
         publish(repository, pool, destination)
         for key in repository["keys"]:
