@@ -223,6 +223,20 @@ class Context:
         return [] if self.adopts else [name for name in wanted if name not in self.info["modules"]]
 
     @property
+    def services(self) -> list[str]:
+        """Daemons of the packages that do not run or do not start on boot; a static unit has others that start it."""
+        units = ["nvidia-persistenced.service", "nvidia-fabricmanager.service"]
+        units += [self.bom["dcgm"]["unit"]] if self.wanted.get("dcgm") else []
+        seen = self.info["services"]
+        return [
+            unit
+            for unit in ([] if self.adopts else units)
+            if self.changes
+            or seen.get(unit, {}).get("active") != "active"
+            or seen.get(unit, {}).get("enabled") == "disabled"
+        ]
+
+    @property
     def next_version(self) -> str | None:
         """What a reboot would load once the plan is carried out."""
         return (self.library or self.loaded.get("version")) if self.adopts else self.target
@@ -523,9 +537,10 @@ def plan_lines(c: Context) -> list[str]:
         ("disable the sources", sources_to_disable(c)),
         ("replace", removed),
         ("pin", [c.pinning] if not c.adopts and c.pinning not in c.info["installed"] else []),
-        ("install at one version", c.packages),
+        (f"install at {c.target}", [package.split("=", 1)[0] for package in c.packages]),
         ("install", c.unpinned),
         ("load the modules", c.modules if c.changes else []),
+        ("start, now and on boot", c.services),
         ("hold", c.hold),
     ):
         if names:
@@ -567,6 +582,7 @@ def driver_plan(
         "hold": c.hold,
         "unhold": [name for name in info["held"] if name in changed],
         "modules": c.modules,
+        "services": c.services,
         "reboot": c.reboot,
         "lines": plan_lines(c),
     }
@@ -629,12 +645,14 @@ def fabric_after(c: Context) -> Iterator[Finding]:
             f"the fabric's modules are not loaded (found no {listed(c.modules)}, wanted them before its manager)",
             "run modprobe with them, and see the kernel log",
         )
-    states = {gpu["index"]: gpu["fabric_state"] for gpu in c.gpu.get("gpus", [])}
-    bad = [f"{state} on GPU {index}" for index, state in states.items() if state not in (None, "Completed")]
+    states: dict[str, list[str]] = {}
+    for gpu in c.gpu.get("gpus", []):
+        states.setdefault(gpu["fabric_state"], []).append(str(gpu["index"]))
+    bad = [f"{state} on GPU {' '.join(gpus)}" for state, gpus in states.items() if state not in (None, "Completed")]
     if bad:
         yield Finding(
             "fabric",
-            f"the NVLink fabric is not ready (found {listed(bad, 8)}, wanted Completed)",
+            f"the NVLink fabric is not ready (found {listed(bad)}, wanted Completed)",
             "see `systemctl status nvidia-fabricmanager`",
         )
     down = [] if c.adopts else [
