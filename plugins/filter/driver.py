@@ -672,8 +672,13 @@ def fabric_after(c: Context) -> Iterator[Finding]:
 def apt_words(message: str) -> str:
     """apt's errors in one line, without the command that ansible's module puts before them."""
     said = re.sub(r"^'/?\S*apt-get .*?' failed: ", "", message.strip(), flags=re.DOTALL)
-    errors = list(dict.fromkeys(re.findall(r"^[EW]: (.+)$", said, re.MULTILINE)))
-    return " ".join(("; ".join(errors) or said).split())[-MOST_OF_A_MESSAGE:]
+    # One a line of the program, all in one line of its Python library.
+    lines = re.split(r"\n|(?:^|[,:] )(?=[EW]:)", said)
+    for mark in ("E:", "W:"):
+        errors = [line[2:].strip() for line in lines if line.startswith(mark)]
+        if errors:
+            return " ".join("; ".join(dict.fromkeys(errors)).split())[:MOST_OF_A_MESSAGE]
+    return " ".join(said.split())[-MOST_OF_A_MESSAGE:]
 
 
 def old_driver(info: Mapping[str, Any]) -> str:
@@ -711,7 +716,7 @@ def disk_failure(message: str, info: Mapping[str, Any]) -> str | None:
 
 def dkms_failure(message: str, info: Mapping[str, Any]) -> str | None:
     words, log = apt_words(message), info.get("dkms_log")
-    if not re.search(r"dkms|bad return status", words, re.IGNORECASE) and not any("dkms" in n for n in info["half"]):
+    if "bad return status" not in words.lower() and not any("dkms" in name for name in info["half"]):
         return None
     said = f'found "{" | ".join(log["lines"])}" at the end of {log["path"]}' if log else f'found "{words}"'
     version = f" {log['version']}" if log else ""
@@ -726,7 +731,7 @@ def dkms_failure(message: str, info: Mapping[str, Any]) -> str | None:
 def other_failure(message: str, info: Mapping[str, Any]) -> str:
     """apt's own words, with what may help; the line of another task is left as it is."""
     words = apt_words(message)
-    if re.search(r"NO_PUBKEY|not signed|GPG|EXPKEYSIG|BADSIG|fingerprint|[Ss]igning key", words):
+    if re.search(r"NO_PUBKEY|not signed|required signer|signature|GPG|EXPKEYSIG|BADSIG|fingerprint|[Ss]igning key", words):
         return f"apt: {words}: set glm_nvidia_apt_key_fingerprint to the fingerprint of the repository's key"
     if re.search(r"Failed to fetch|[Cc]ould not resolve|does not have a Release|Request failed|urlopen|HTTP", words):
         return f"apt: {words}: check glm_nvidia_apt_url"
