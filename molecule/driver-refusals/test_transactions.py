@@ -41,7 +41,7 @@ def test_the_next_run_finishes_it_once_the_lock_is_free(bare: Node) -> None:
     assert bare.loaded() == NEW
     assert bare.boot() == boot
     held = bare.run("apt-mark showhold").split()
-    assert {"nvidia-open-580", "nvidia-fabricmanager", "nvidia-persistenced", "nvlsm"} <= set(held)
+    assert {"nvidia-kernel-open-dkms", "nvidia-fabricmanager", "nvidia-persistenced", "nvlsm"} <= set(held)
     assert bare.run("nv-fabricmanager --version").strip().endswith(NEW)
     assert set(bare.run("nvidia-smi --query-gpu=fabric.state --format=csv,noheader").split()) == {"Completed"}
 

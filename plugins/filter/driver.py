@@ -96,6 +96,10 @@ class Context:
     def installed_version(self, name: str) -> str:
         return upstream(self.info["installed"].get(name, ""))
 
+    def is_finished(self, name: str) -> bool:
+        """A package that dpkg has not configured has no module, whatever its version."""
+        return name in self.info["installed"] and name not in self.info["half"]
+
     @cached_property
     def target(self) -> str:
         """The version that the node is to run.
@@ -122,9 +126,10 @@ class Context:
     @cached_property
     def packages(self) -> list[str]:
         """All versioned packages where one of them is missing or of another version, so that apt solves them as one."""
-        installed = self.info["installed"]
         right = all(
-            self.installed_version(name) == self.target and not of_other_origin(name, installed[name])
+            self.is_finished(name)
+            and self.installed_version(name) == self.target
+            and not of_other_origin(name, self.info["installed"][name])
             for name in self.bom["pinned"]
         )
         if self.adopts or right:
@@ -155,7 +160,7 @@ class Context:
             return []
         names = list(self.bom["unpinned"])
         names += [self.bom[part]["package"] for part in ("cuda_toolkit", "dcgm") if self.wanted.get(part)]
-        missing = [str(name) for name in names if name not in self.info["installed"]]
+        missing = [str(name) for name in names if not self.is_finished(name)]
         if not self.info["headers"]:
             missing.append(self.info["headers_package"])
         # On Ubuntu the InfiniBand modules come in a package beside the kernel's.

@@ -249,6 +249,16 @@ def test_move_back_lowers_what_has_no_branch_in_its_name(world: World) -> None:
     assert {"nvidia-open-580", "nvidia-fabricmanager"} <= set(plan["remove"])
 
 
+def test_a_package_that_is_not_configured_is_not_there(world: World) -> None:
+    world.have("570.211.01")
+    world.load("570.195.03")
+    world.wanted["allow_reboot"] = True
+    world.info["half"] = ["nvidia-dkms-570-open"]
+    plan = world.plan()
+    assert (plan["action"], plan["reboot"]) == ("upgrade", True)
+    assert "nvidia-dkms-570-open=570.211.01*" in plan["packages"]
+
+
 def test_on_debian_all_of_the_driver_moves_along(world: World) -> None:
     """Its names have no branch: what is not in the bill of materials moves where apt has it, and goes where not."""
     world.bom = bill(570, "Debian")
