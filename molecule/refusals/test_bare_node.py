@@ -31,9 +31,9 @@ UNFIT = {
     "fabric": r"the NVLink fabric is not ready \(found In Progress/N/A on GPU 3 \(0000:61:00\.0\), wanted "
     r"Completed/Success\): see `systemctl status nvidia-fabricmanager` .*",
     "driver_version": r"the driver is too old for the GPU \(found 570\.211\.01, wanted 570\.900\.00 or later\): "
-    "install a driver of branch 580 and reboot",
-    "driver_branch": r"the driver is of an older branch \(found 570, wanted 580\): set glm_driver_branch: 570, or "
-    "install branch 580 and reboot",
+    "set glm_driver_mode: upgrade",
+    "driver_branch": r"the loaded driver is of another branch \(found 570\.211\.01, wanted 580\.159\.04 or another of "
+    r"branch 580\): set glm_driver_branch: 570 to keep it, or glm_driver_mode: upgrade to replace it",
     "image_cuda": r"the image's CUDA is too new for the driver \(found CUDA 13\.0 in the image, wanted at most 12\.8 "
     r"for driver 570\.211\.01\): set glm_image to a build for CUDA 12, .*",
     "disk_space": r"the file system at /srv/small is too full \(found 0\.1 GiB free, wanted 4\.0 GiB: .*\): "

@@ -110,7 +110,7 @@ class Context:
         if self.asked:
             return self.asked
         if self.adopts:
-            return str(self.loaded.get("version") or self.bom["version"])
+            return str(self.loaded["version"] if self.loaded.get("branch") == self.branch else self.bom["version"])
         if self.wanted["mode"] == "install" and self.loaded.get("branch") == self.branch:
             there = [self.installed_version(name) for name in self.bom["pinned"]]
             of_branch = [version for version in there if versions(version)[:1] == (self.branch,)]
@@ -736,7 +736,9 @@ def dkms_failure(message: str, info: Mapping[str, Any]) -> str | None:
 def other_failure(message: str, info: Mapping[str, Any]) -> str:
     """apt's own words, with what may help; the line of another task is left as it is."""
     words = apt_words(message)
-    if re.search(r"NO_PUBKEY|not signed|required signer|signature|GPG|EXPKEYSIG|BADSIG|fingerprint|[Ss]igning key", words):
+    if re.search(
+        r"NO_PUBKEY|not signed|required signer|signature|GPG|EXPKEYSIG|BADSIG|fingerprint|[Ss]igning key", words
+    ):
         return f"apt: {words}: set glm_nvidia_apt_key_fingerprint to the fingerprint of the repository's key"
     if re.search(r"Failed to fetch|[Cc]ould not resolve|does not have a Release|Request failed|urlopen|HTTP", words):
         return f"apt: {words}: check glm_nvidia_apt_url"

@@ -330,22 +330,11 @@ def driver_version(c: Context) -> Iterator[Finding]:
 @refusal
 def driver_branch(c: Context) -> Iterator[Finding]:
     found, wanted = c.driver.get("branch"), c.wanted["driver_branch"]
-    if found and found < wanted:
+    if found and found != wanted:
         yield Finding(
             "driver_branch",
-            f"the driver is of an older branch (found {found}, wanted {wanted})",
-            f"set glm_driver_branch: {found}, or install branch {wanted} and reboot",
-        )
-
-
-@warning
-def newer_branch(c: Context) -> Iterator[Finding]:
-    found, wanted = c.driver.get("branch"), c.wanted["driver_branch"]
-    if found and found > wanted:
-        yield Finding(
-            "driver_branch",
-            f"the driver is of a newer branch (found {found}, wanted {wanted})",
-            f"it is used as it is; set glm_driver_branch: {found} for the image made for it",
+            f"the loaded driver is of another branch (found {found}, wanted {wanted})",
+            f"set glm_driver_branch: {found} to keep it, or glm_driver_mode: upgrade to replace it",
         )
 
 
@@ -447,7 +436,8 @@ def gpu_model(c: Context) -> Iterator[Finding]:
 def fabric(c: Context) -> Iterator[Finding]:
     bad = [gpu for gpu in c.gpus if (gpu["fabric_state"], gpu["fabric_status"]) != ("Completed", "Success")]
     if c.wanted["fabric_required"] and bad:
-        states = sorted({f"{gpu['fabric_state'] or 'N/A'}/{gpu['fabric_status'] or 'N/A'}" for gpu in bad})
+        pairs = ([gpu["fabric_state"], gpu["fabric_status"]] for gpu in bad)
+        states = sorted({"/".join(part or "N/A" for part in pair) if any(pair) else "no fabric" for pair in pairs})
         yield Finding(
             "fabric",
             f"the NVLink fabric is not ready (found {listed(states)} on {named(bad)}, wanted Completed/Success)",

@@ -259,6 +259,36 @@ def test_a_package_that_is_not_configured_is_not_there(world: World) -> None:
     assert "nvidia-dkms-570-open=570.211.01*" in plan["packages"]
 
 
+def test_daemons_are_started_where_they_do_not_run(world: World) -> None:
+    world.have("570.211.01")
+    running = {"load": "loaded", "active": "active", "enabled": "enabled"}
+    units = ("nvidia-persistenced.service", "nvidia-fabricmanager.service", "nvidia-dcgm.service")
+    world.info["services"] = {unit: dict(running) for unit in units}
+    world.info["services"][units[0]]["enabled"] = "static"
+    assert world.plan()["services"] == []
+    world.info["services"][units[1]]["enabled"] = "disabled"
+    world.info["services"][units[2]]["active"] = "failed"
+    assert world.plan()["services"] == [*units[1:]]
+    assert world.plan()["action"] == "nothing"
+    world.wanted["mode"] = "adopt"
+    assert world.plan()["services"] == []
+
+
+def test_the_plan_for_a_real_gpu_host(world: World) -> None:
+    """Branch 580 was installed there without packages; with that branch wanted there is nothing to do."""
+    folder = ROOT / "tests/fixtures/nvidia-smi/h200-580"
+    world.info = yaml.safe_load((folder / "driver_info.yml").read_text())
+    world.wanted["mode"] = "adopt"
+    assert len(world.found()) == 1
+    assert world.found()[0] in (folder / "findings.txt").read_text().splitlines()
+    world.branch(580)
+    plan = world.plan()
+    assert (plan["action"], plan["findings"]) == ("nothing", [])
+    assert plan["lines"][0] == (
+        "driver: loaded 580.159.04 (open), installed none, wanted 580.159.04; mode adopt: nothing"
+    )
+
+
 def test_on_debian_all_of_the_driver_moves_along(world: World) -> None:
     """Its names have no branch: what is not in the bill of materials moves where apt has it, and goes where not."""
     world.bom = bill(570, "Debian")

@@ -411,17 +411,27 @@ def test_cuda_13_on_570_when_allowed(world: World) -> None:
     assert world.findings() == []
 
 
-def test_newer_branch_only_warns(world: World) -> None:
+def test_a_newer_branch_is_another_one(world: World) -> None:
     world.gpu["driver"].update(branch=580, version="580.159.04", module_version="580.159.04", cuda_version="13.0")
     world.gpu["fabric_manager_version"] = "580.159.04"
-    assert world.findings() == []
-    assert "found 580, wanted 570" in world.warnings()[0]["line"]
+    assert [finding["id"] for finding in world.findings()] == ["driver_branch"]
+
+
+def test_what_was_said_of_a_real_gpu_host(world: World) -> None:
+    """The lines about its GPU, as they were printed there; that of the driver is the other filter's."""
+    world.gpu = seen_by_gpu_info("h200-580")
+    said = (FIXTURES / "h200-580/findings.txt").read_text().splitlines()
+    lines = {finding["id"]: finding["line"] for finding in world.findings()}
+    assert set(lines) == {"gpu_count", "gpu_model", "fabric", "driver_branch"}
+    assert lines["gpu_count"] in said
+    assert lines["gpu_model"] in said
+    assert "found no fabric on GPU 0" in lines["fabric"]
 
 
 def test_h100_without_a_fabric_is_refused_where_one_is_wanted(world: World) -> None:
     world.gpu = seen_by_gpu_info("h100-580")
     found = {finding["id"] for finding in world.findings()}
-    assert found == {"gpu_count", "gpu_model", "fabric"}
+    assert found == {"gpu_count", "gpu_model", "fabric", "driver_branch"}
 
 
 def test_warnings_do_not_refuse(world: World) -> None:
