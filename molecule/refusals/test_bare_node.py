@@ -41,9 +41,8 @@ UNFIT = {
     "weights": r"the hub at http://198\.18\.66\.2:8081 answers 401 for zai-org/GLM-5\.2-FP8: set glm_hf_token_file .*",
 }
 UPGRADED = {
-    "driver_library": r"the driver was changed under the running kernel \(found library 570\.195\.03, wanted "
-    r"570\.211\.01 as the loaded module\): reboot the node to load 570\.195\.03, or install the packages of "
-    r"570\.211\.01 again, and hold them",
+    "reboot": r"a reboot is needed and not allowed \(found 570\.211\.01 loaded, while 570\.195\.03 is installed\): "
+    r"set glm_allow_reboot: true, or install the packages of 570\.211\.01 again",
     "registry": r"the node does not reach http://198\.18\.66\.2:5000/v2/ \(found .*refused.*, wanted an answer\): "
     "open the way from the node, or set glm_registry_mirror to a mirror that it reaches",
     "weights": r"the hub at http://198\.18\.66\.2:8081 answers 429 \(too many requests\): try again in 2 s, or set "
