@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
-from testbed import ROOT, Node, Play, differences
+from testbed import MIRROR, ROOT, Node, Play, differences, docker
 
 QUESTION = yaml.safe_load((ROOT / "roles/verify/files/questions.yml").read_text())["sum"]
 NEXT_REVISION = "2" * 40
@@ -161,3 +162,59 @@ def test_it_converges_and_then_changes_nothing(node: Node, play: Play, release: 
     assert second.recap("changed") == 0
     assert 0 < second.trips["refusal-1"]["round_trips"] <= ROUND_TRIPS
     assert_serves(node, release)
+
+
+def driver_settings() -> dict[str, Any]:
+    """The mirror's driver, another version than the one that is loaded."""
+    address = "http://198.18.66.2:8080"
+    return {
+        "playbook": "playbooks/driver.yml",
+        "seconds": 400,
+        "glm_nvidia_apt_url": f"{address}/compute/cuda/repos",
+        "glm_nvidia_apt_key_fingerprint": docker("exec", MIRROR, "cat", "/srv/apt/key.fingerprint").strip(),
+        "glm_driver_mode": "upgrade",
+        "glm_driver_version": "570.195.03",
+        "glm_allow_reboot": True,
+        "nvidia_driver_post_reboot_delay": 1,
+    }
+
+
+def loaded_driver(node: Node) -> str:
+    return node.run("sed -n 's/^NVRM.*x86_64  *//p' /proc/driver/nvidia/version").split()[0]
+
+
+def test_a_driver_that_cannot_be_had_leaves_the_engine_alone(node: Node, play: Play, untouched: None) -> None:
+    run = play(**{**driver_settings(), "glm_driver_version": "570.999.99"})
+    assert run.code != 0
+    assert "570.195.03" in run.line("refusal-1: driver_version: ")
+
+
+def test_the_engine_serves_again_where_the_driver_fails(node: Node, play: Play, release: str) -> None:
+    node.run("mkdir -p /etc/nvidia-stand-in && touch /etc/nvidia-stand-in/dkms-fails")
+    try:
+        run = play(**driver_settings())
+    finally:
+        node.run("rm /etc/nvidia-stand-in/dkms-fails")
+    assert run.code != 0
+    assert "the old driver 570.211.01 is still loaded" in run.line("refusal-1: dkms: ")
+    assert loaded_driver(node) == "570.211.01"
+    for _ in range(30):  # until the edge has seen that the engine is back
+        if node.ask("/v1/models")[0] == 200:
+            break
+        time.sleep(1)
+    assert_serves(node, release)
+
+
+def test_the_driver_is_replaced_and_the_same_release_serves(node: Node, play: Play, release: str) -> None:
+    """Drained, rebooted, started and verified; a second run has nothing to do."""
+    settings = driver_settings()
+    run = play(**settings)
+    assert run.code == 0, run.messages
+    assert loaded_driver(node) == "570.195.03"
+    assert_serves(node, release)
+    drained, verified = (
+        run.output.index(f"TASK [{name}]") for name in ("Drain the node", "Verify what the node serves")
+    )
+    assert drained < run.output.index("Reboot, as long as") < verified
+    again = play(**settings)
+    assert (again.code, again.recap("changed")) == (0, 0)

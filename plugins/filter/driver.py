@@ -223,6 +223,11 @@ class Context:
         return [name for name in names if name not in self.info["held"]]
 
     @property
+    def to_hold(self) -> list[str]:
+        """A transaction takes away the holds of what it changes."""
+        return list(dict.fromkeys((*self.hold, *(self.bom["pinned"] if self.packages else ()))))
+
+    @property
     def modules(self) -> list[str]:
         wanted = self.wanted.get("modules") or ("ib_umad", "mlx5_core", "mlx5_ib")
         return [] if self.adopts else [name for name in wanted if name not in self.info["modules"]]
@@ -546,7 +551,7 @@ def plan_lines(c: Context) -> list[str]:
         ("install", c.unpinned),
         ("load the modules", c.modules if c.changes else []),
         ("start, now and on boot", c.services),
-        ("hold", c.hold),
+        ("hold", c.to_hold),
     ):
         if names:
             lines.append(f"{words}: {', '.join(names)}")
@@ -584,7 +589,7 @@ def driver_plan(
         "downgrade": [name for name in bom["pinned"] if c.packages and is_newer(c.installed_version(name), c.target)],
         "remove": [name for name in remove if name not in bom["pinned"]],
         "sources_to_disable": sources_to_disable(c),
-        "hold": c.hold,
+        "hold": c.to_hold,
         "unhold": [name for name in info["held"] if name in changed],
         "modules": c.modules,
         "services": c.services,

@@ -18,12 +18,12 @@ echo "pmstatus:no number" >&9
 """
 
 
-def run(tmp_path: Path, ending: str) -> subprocess.CompletedProcess[str]:
+def run(tmp_path: Path, ending: str, step: str = "install") -> subprocess.CompletedProcess[str]:
     apt = tmp_path / "apt-get"
     apt.write_text(APT % ending)
     apt.chmod(0o755)
     environment = {key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"}
-    command = [sys.executable, str(PROGRAM), str(apt), "install", "nvlsm"]
+    command = [sys.executable, str(PROGRAM), step, str(apt), "install", "nvlsm"]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=30)
 
 
@@ -48,6 +48,11 @@ def test_what_dpkg_says_comes_before_what_apt_says(tmp_path: Path) -> None:
         "glm: error: /var/cache/x_1%3a2_amd64.deb: No space left on device: /usr/x; "
         "E: Sub-process /usr/bin/dpkg returned an error code (1)"
     )
+
+
+def test_a_download_installs_nothing(tmp_path: Path) -> None:
+    assert run(tmp_path, '[ "${@: -1}" = --download-only ] || exit 9', "download").returncode == 0
+    assert run(tmp_path, '[ "${@: -1}" = --download-only ] || exit 9').returncode == 9
 
 
 def test_a_failure_without_words(tmp_path: Path) -> None:
