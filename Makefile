@@ -72,7 +72,7 @@ refusals: venv engine ## Bad input and faults on one node: each refused in one l
 
 .PHONY: driver
 driver: venv engine ## Install, adopt and replace the driver on nodes of five kinds; bad input and faults
-	@tests/run driver driver-refusals
+	@tests/run driver driver-refusals driver-packages
 
 .PHONY: bench
 bench: venv engine ## Wall time, controller CPU and round trips for 1, 4 and 16 light nodes

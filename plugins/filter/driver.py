@@ -21,7 +21,8 @@ MOST_OF_A_MESSAGE = 400  # characters, from the end
 # Names that carry a driver's version: of NVIDIA, of Ubuntu's archive (prebuilt modules) and of Debian's.
 DRIVER_PACKAGE = re.compile(
     r"(nvidia|libnvidia|libnvsdm|nvlink5|xserver-xorg-video-nvidia|cuda-drivers|firmware-nvidia"
-    r"|linux-(modules|objects|signatures)-nvidia)(-|$)|libcuda1$"
+    r"|linux-(modules|objects|signatures)-nvidia)(-|$)"
+    r"|lib(cuda1|cudadebugger1|nvcuvid1|nvoptix1)$|lib(egl|gl|gles|glx|opengl)[a-z0-9]*-nvidia"
 )
 # ... and those like them that do not go with the driver.
 OTHER_PACKAGE = re.compile(
@@ -202,7 +203,9 @@ class Context:
         """Packages of another branch or origin, that would break or mix with the wanted ones."""
         if self.adopts:
             branch = self.loaded.get("branch")
-            return [name for name, other in self.drivers.items() if branch and other != branch]
+            # Debian ships a newer nvidia-modprobe beside its driver: it only makes device nodes.
+            others = {name: other for name, other in self.drivers.items() if name != "nvidia-modprobe"}
+            return [name for name, other in others.items() if branch not in (None, other)]
         kept = {*self.bom["pinned"], *self.moving}
         return [
             name

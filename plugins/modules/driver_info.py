@@ -20,7 +20,7 @@ options:
     description: Shell patterns of the names of installed packages to report.
     type: list
     elements: str
-    default: ["*nvidia*", "libnvsdm*", "nvlsm", "nvlink5*", "cuda-*", "datacenter-gpu-manager*"]
+    default: ["*nvidia*", "libcuda*", "libnv*", "nvlsm", "nvlink5*", "cuda-*", "datacenter-gpu-manager*"]
   own_sources:
     description: Files of apt sources, and their keys, that are the deployment's own. Reported by themselves.
     type: list
@@ -527,7 +527,7 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    patterns = ["*nvidia*", "libnvsdm*", "nvlsm", "nvlink5*", "cuda-*", "datacenter-gpu-manager*"]
+    patterns = ["*nvidia*", "libcuda*", "libnv*", "nvlsm", "nvlink5*", "cuda-*", "datacenter-gpu-manager*"]
     modules = ["nvidia", "nouveau", "ib_umad", "mlx5_core", "mlx5_ib"]
     strings = {"type": "list", "elements": "str"}
     module = AnsibleModule(

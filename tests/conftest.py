@@ -3,6 +3,6 @@
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 for kind in ("modules", "module_utils", "action", "filter", "callback"):
     sys.path.insert(0, str(ROOT / "plugins" / kind))
