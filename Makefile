@@ -31,14 +31,20 @@ venv: $(VENV)/.done ## Make the Python environment, with the Ansible collections
 engine: ## Provide a Docker engine where there is none
 	@molecule/shared/docker-engine up
 
+# The engine of the demo: vllm or sglang.
+ENGINE ?= vllm
+DEMO_IMAGES_vllm := engine
+DEMO_IMAGES_sglang := engine sglang
+
 .PHONY: demo
-demo: venv engine ## Turn a bare node in a container into a verified endpoint
+demo: venv engine ## Turn a bare node in a container into a verified endpoint (ENGINE=sglang: with SGLang)
+	@test -n "$(DEMO_IMAGES_$(ENGINE))" || { echo "make: there is no ENGINE=$(ENGINE): vllm or sglang" >&2; exit 2; }
 	@echo "==> Test images"
-	@molecule/shared/build-images node-debian13:driver-570 mirror engine model
+	@molecule/shared/build-images node-debian13:driver-570 mirror model $(DEMO_IMAGES_$(ENGINE))
 	@echo "==> The bare node and its mirror"
-	@ansible-playbook molecule/shared/create.yml -i inventory/demo
+	@ansible-playbook molecule/shared/create.yml -i inventory/demo -e testbed_engine=$(ENGINE)
 	@echo "==> site.yml over the node"
-	@ansible-playbook site.yml -i inventory/demo
+	@ansible-playbook site.yml -i inventory/demo -e glm_engine=$(ENGINE)
 
 .PHONY: demo-down
 demo-down: venv ## Remove the demo's containers, network and volumes
