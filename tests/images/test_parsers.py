@@ -1,4 +1,4 @@
-"""Every profile's command line, read by the engine's own parser in the engine's image: no flag that it does not know."""
+"""Every profile's command line, read by the engine's own parser in the engine's image: no flag is unknown to it."""
 
 from __future__ import annotations
 
