@@ -22,7 +22,18 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "unknown profile": (
         HOSTS,
         {"glm_profile": "fast"},
-        ["glm_profile: vllm has no profile fast: set one of reference"],
+        ["glm_profile: vllm has no profile fast: set one of long-context, recipe, reference, throughput"],
+    ),
+    "profile of the other engine": (
+        HOSTS,
+        {"glm_engine": "sglang", "glm_profile": "recipe"},
+        ["glm_profile: sglang has no profile recipe: set one of balanced, high-throughput, low-latency, reference"],
+    ),
+    "SGLang without its metrics": (
+        HOSTS,
+        {"glm_engine": "sglang", "glm_engine_extra_args": {"--enable-metrics": False}},
+        ["glm_engine_extra_args: sglang needs --enable-metrics: the requests in flight are counted by it: "
+         "set it to true"],
     ),
     "misspelled setting": (
         HOSTS,

@@ -33,6 +33,7 @@ def engine_problems(engine: Mapping[str, Any], profile: Mapping[str, Any], setti
     return (
         _flag_problems(engine, profile.get("flags") or {}, "the profile")
         + _flag_problems(engine, settings.get("extra_args") or {}, "glm_engine_extra_args")
+        + _missing_flags(engine, profile, settings)
         + _name_problems(names)
         + [
             f"glm_engine_extra_env: {name!r} is not a name of an environment variable"
@@ -185,6 +186,18 @@ def _flag_problems(engine: Mapping[str, Any], flags: Mapping[str, Any], where: s
         if canonical in seen:
             problems.append(f"{where}: {seen[canonical]} and {flag} are the same flag: keep one of them")
         seen[canonical] = flag
+    return problems
+
+
+def _missing_flags(engine: Mapping[str, Any], profile: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Flags that the deployment needs and that the profile lacks, or that a user has taken away."""
+    chosen = {_canonical(engine, flag): value for flag, value in (profile.get("flags") or {}).items()}
+    extra = {_canonical(engine, flag): value for flag, value in (settings.get("extra_args") or {}).items()}
+    problems = []
+    for flag, reason in (engine.get("required_flags") or {}).items():
+        if {**chosen, **extra}.get(flag) in (None, False):
+            where = "glm_engine_extra_args" if flag in extra else "the profile"
+            problems.append(f"{where}: {engine['name']} needs {flag}: {reason}: set it to true")
     return problems
 
 

@@ -67,3 +67,19 @@ def test_the_reference_of_sglang_is_the_guides_command() -> None:
         "--tp 8 --trust-remote-code --mem-fraction-static 0.85 --tool-call-parser glm47 --reasoning-parser glm45 "
         "--enable-metrics"
     )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_flag_that_the_deployment_needs_is_kept(path: Path) -> None:
+    engine = load(path)
+    reference = load(ENGINES / path.stem / "profiles/reference.yml")
+    for flag, reason in engine["required_flags"].items():
+        without = {**SETTINGS, "extra_args": {flag: False}}
+        line = f"glm_engine_extra_args: {path.stem} needs {flag}: {reason}: set it to true"
+        assert release.engine_problems(engine, reference, without) == [line]
+        bare = {**reference, "flags": {name: value for name, value in reference["flags"].items() if name != flag}}
+        assert release.engine_problems(engine, bare, SETTINGS) == [line.replace("glm_engine_extra_args", "the profile")]
+
+
+def test_sglang_keeps_its_metrics() -> None:
+    assert "--enable-metrics" in load(ENGINES / "sglang.yml")["required_flags"]
