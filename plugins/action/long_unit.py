@@ -38,7 +38,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             if status and changed and line != shown and time.monotonic() - shown_at >= interval:
                 Display().display(line)
                 shown, shown_at = line, time.monotonic()
-            result.update(changed=changed, elapsed=elapsed, status_text=status)
+            result.update(changed=changed, elapsed=elapsed, status_text=status, inactive_s=answer.get("inactive_s"))
             if answer["phase"] == "done":
                 return result
             if answer["phase"] == "failed":

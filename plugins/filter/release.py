@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
@@ -24,6 +24,11 @@ def engine_image(engine: Mapping[str, Any], driver_branch: int | str) -> str:
             f"{engine['name']} has no image for driver {driver_branch}: it needs {min(images)} or newer"
         )
     return images[max(fitting)]
+
+
+def listed_names(names: Sequence[str], engine: Mapping[str, Any]) -> list[str]:
+    """Those of the served names that the engine is started with and lists."""
+    return list(names[:1] if engine["listed_names"] == "first" else names)
 
 
 def engine_problems(engine: Mapping[str, Any], profile: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
@@ -129,7 +134,7 @@ def _flags(engine: Mapping[str, Any], profile: Mapping[str, Any], settings: Mapp
     names = engine["flags"]
     own = {
         names["model"]: settings["model"],
-        names["served_model_names"]: list(settings["served_model_names"]),
+        names["served_model_names"]: listed_names(settings["served_model_names"], engine),
         names["host"]: settings["host"],
         names["port"]: settings["port"],
     }
@@ -216,6 +221,7 @@ class FilterModule:
             "engine_flags": engine_flags,
             "engine_image": engine_image,
             "engine_problems": engine_problems,
+            "listed_names": listed_names,
             "paths_under": paths_under,
             "release_id": release_id,
             "release_links": release_links,

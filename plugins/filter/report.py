@@ -56,6 +56,8 @@ def report_node(settings: Mapping[str, Any]) -> dict[str, Any]:
         reason = f"the benchmark had {benchmark['failed']} failed requests"
     entry: dict[str, Any] = {"ok": not reason}
     entry.update({name: str(settings.get(name) or "") for name in SETTINGS})
+    outage = settings.get("outage")
+    entry["outage_s"] = None if outage in (None, "") else round(float(outage), 1)
     entry.update(reason=reason, checks=checks, benchmark=benchmark)
     return entry
 
@@ -109,6 +111,12 @@ def quantity(value: float | None, unit: str) -> str:
     if unit == "ms" and value >= 1000:
         return f"{value / 1000:,.2f} s"
     return f"{value:,.0f} {unit}" if value >= 1000 else f"{value:,.1f} {unit}"
+
+
+def report_outage(node: Mapping[str, Any]) -> str:
+    """How long the engine that served before the run did not during it."""
+    seconds = node.get("outage_s")
+    return "no engine served before" if seconds is None else f"{seconds:,.1f} s" if seconds else "none"
 
 
 def report_figures(benchmark: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -205,6 +213,7 @@ class FilterModule:
             "report_finding": report_finding,
             "report_merge": report_merge,
             "report_node": report_node,
+            "report_outage": report_outage,
             "report_plots": report_plots,
             "report_verdict": report_verdict,
             "workload_words": workload_words,

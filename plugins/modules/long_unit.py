@@ -51,10 +51,15 @@ EXAMPLES = r"""
 RETURN = r"""
 elapsed: {description: Seconds from the start to the end., type: float, returned: always}
 status_text: {description: The last StatusText of the unit., type: str, returned: always}
+inactive_s:
+  description: Seconds from when the unit last stopped being active until it was active again; null if it never was.
+  type: float
+  returned: success
 """
 
 SYSTEMCTL_PROPERTIES = (
-    "Type,LoadState,ActiveState,SubState,Result,Job,StatusText,InvocationID,ExecMainStatus,NeedDaemonReload"
+    "Type,LoadState,ActiveState,SubState,Result,Job,StatusText,InvocationID,ExecMainStatus,NeedDaemonReload,"
+    "ActiveExitTimestampMonotonic,ActiveEnterTimestampMonotonic"
 )
 TOKENS = "/run/long_unit"
 ERROR_PREFIX = "glm: error:"
@@ -205,6 +210,7 @@ class Unit:
             "changed": changed,
             "message": message,
             "status_text": self.status_text,
+            "inactive_s": inactive_seconds(state),
             "boot": boot_id(),
             "run_id": self.follow["run_id"] or (state.get("InvocationID", "") if seen else ""),
         }
@@ -216,6 +222,12 @@ def is_active(state: dict[str, str]) -> bool:
 
 def is_starting(state: dict[str, str]) -> bool:
     return state.get("ActiveState") == "activating" and not state.get("SubState", "").startswith("auto-restart")
+
+
+def inactive_seconds(state: dict[str, str]) -> float | None:
+    """By systemd's own clock, which begins anew with each start of the node."""
+    left, entered = (int(state.get(f"Active{name}TimestampMonotonic") or 0) for name in ("Exit", "Enter"))
+    return round((entered - left) / 1e6, 1) if 0 < left < entered else None
 
 
 def boot_id() -> str:

@@ -34,7 +34,9 @@ options:
     type: str
     required: true
   engine_url: {description: The engine behind the edge., type: str, required: true}
-  model: {description: Served model name., type: str, required: true}
+  models: {description: 'Served model names; the first is asked for everything, the others must answer too.',
+           type: list, elements: str, required: true}
+  listed_models: {description: Those that the list of models must show., type: list, elements: str, required: true}
   auth: {description: Whether the edge asks for keys., type: str, choices: [keys, none], default: keys}
   api_key: {description: A key that the edge takes., type: str, default: ""}
   questions:
@@ -62,7 +64,8 @@ EXAMPLES = r"""
   verify_endpoint:
     url: http://127.0.0.1:8000
     engine_url: http://127.0.0.1:8001
-    model: glm-5.2-fp8
+    models: [glm-5.2-fp8]
+    listed_models: [glm-5.2-fp8]
     api_key: "{{ key }}"
     questions: "{{ lookup('ansible.builtin.file', 'questions.yml') | from_yaml }}"
     image_digest: "{{ digest }}"
@@ -165,6 +168,7 @@ class Verification:
     def __init__(self, params: dict[str, Any]) -> None:
         self.params = params
         self.questions: dict[str, Any] = params["questions"]
+        self.model, *self.other_models = params["models"]
         self.edge = Server(params["url"], params["timeout"])
         self.engine = Server(params["engine_url"], params["timeout"])
         self.code = str(1000 + secrets.randbelow(9000))
@@ -172,9 +176,11 @@ class Verification:
         self.keys = {"Authorization": f"Bearer {params['api_key']}"} if params["auth"] == "keys" else {}
 
     def run(self) -> list[dict[str, Any]]:
+        named = [["other_names"]] if self.other_models else []
         guarded = [["missing_key_refused"], ["wrong_key_refused"]] if self.params["auth"] == "keys" else []
         chains = [
             ["models_list"],
+            *named,
             ["exact_reply"],
             ["sum"],
             ["find_fact", "second_turn"],
@@ -227,9 +233,19 @@ class Verification:
         answer = self.edge.request("GET", "/v1/models", headers=self.keys)
         need(answer, 200)
         names = [model["id"] for model in answer.json()["data"]]
-        if self.params["model"] not in names:
-            raise Wrong(f"served are {', '.join(names) or 'no models'}, wanted {self.params['model']}")
+        missing = [name for name in self.params["listed_models"] if name not in names]
+        if missing:
+            raise Wrong(f"served are {', '.join(names) or 'no models'}, wanted {', '.join(missing)}")
         return f"served: {', '.join(names)}"
+
+    def check_other_names(self) -> str:
+        question = self.questions["exact_reply"]
+        for name in self.other_models:
+            body = {**self._chat_body(question, [{"role": "user", "content": question["prompt"]}], 64), "model": name}
+            answer = self.edge.request("POST", "/v1/chat/completions", body, self.keys)
+            need(answer, 200, name)
+            self._expect(question, answer.json()["choices"][0]["message"].get("content") or "", name)
+        return f"answered: {', '.join(self.other_models)}"
 
     def check_exact_reply(self) -> str:
         return self._question("exact_reply")
@@ -453,7 +469,7 @@ class Verification:
         return f"answered {content.strip()!r}"
 
     def _chat_body(self, question: dict[str, Any], messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
-        body = {"model": self.params["model"], "messages": messages, "temperature": 0, "max_tokens": max_tokens}
+        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
         if not question.get("thinking", True):
             body["chat_template_kwargs"] = {"enable_thinking": False}
         return body
@@ -479,14 +495,14 @@ class Verification:
         key = {"x-api-key": self.params["api_key"]} if self.params["auth"] == "keys" else {}
         return {"anthropic-version": "2023-06-01", **key}
 
-    def _expect(self, question: dict[str, Any], answer: str) -> None:
+    def _expect(self, question: dict[str, Any], answer: str, who: str = "") -> None:
         wanted = str(question["expect"]).replace("{code}", self.code)
         if not re.fullmatch(wanted, answer.strip()):
-            raise Wrong(f"answered {shorten(answer.strip())!r}, wanted {wanted!r}")
+            raise Wrong(f"{who and who + ' '}answered {shorten(answer.strip())!r}, wanted {wanted!r}")
 
     def _expect_model(self, body: dict[str, Any]) -> None:
-        if body.get("model") != self.params["model"]:
-            raise Wrong(f"the answer is from the model {body.get('model')!r}, wanted {self.params['model']!r}")
+        if body.get("model") != self.model:
+            raise Wrong(f"the answer is from the model {body.get('model')!r}, wanted {self.model!r}")
 
     def _metrics(self) -> dict[str, float]:
         """Sum of each metric's samples; a family without a sample yet counts 0."""
@@ -516,13 +532,13 @@ def find_fact_prompt(question: dict[str, Any], code: str, mark: str) -> str:
     return " ".join([f"[{mark}]", *sentences, question["prompt"]])
 
 
-def need(answer: Response, status: int) -> None:
+def need(answer: Response, status: int, who: str = "") -> None:
     if answer.status == status:
         return
     text = answer.body.decode(errors="replace")
     with contextlib.suppress(ValueError, LookupError, TypeError):  # any other body is told as it is
         text = json.loads(text)["error"]["message"]
-    raise Wrong(f"HTTP {answer.status}: {shorten(str(text)) or 'no text'}")
+    raise Wrong(f"{who and who + ': '}HTTP {answer.status}: {shorten(str(text)) or 'no text'}")
 
 
 def command(*argv: str) -> str:
@@ -567,7 +583,8 @@ def main() -> None:
         argument_spec={
             "url": {"type": "str", "required": True},
             "engine_url": {"type": "str", "required": True},
-            "model": {"type": "str", "required": True},
+            "models": {"type": "list", "elements": "str", "required": True},
+            "listed_models": {"type": "list", "elements": "str", "required": True},
             "auth": {"type": "str", "choices": ["keys", "none"], "default": "keys"},
             "api_key": {"type": "str", "default": "", "no_log": True},
             "questions": {"type": "dict", "required": True},

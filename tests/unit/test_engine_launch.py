@@ -90,6 +90,7 @@ class Node:
         data = {
             "id": "0123456789ab",
             "served_model_names": ["glm"],
+            "listed_model_names": ["glm"],
             "container": "glm-engine",
             "url": f"http://127.0.0.1:{self.port}",
             "health_path": "/health",

@@ -16,6 +16,7 @@ ENGINE: dict[str, Any] = {
         "port": "--port",
         "shutdown_timeout": "--shutdown-timeout",
     },
+    "listed_names": "all",
     "reserved": {"--port": "glm_engine_port"},
     "aliases": {"--tp": "--tensor-parallel-size", "-tp": "--tensor-parallel-size"},
     "repeated_flags": ["--middleware"],

@@ -34,7 +34,7 @@ PLAY = """
       become: false
 """
 NAMES = ("engine", "profile", "image", "image_digest", "model", "model_revision", "driver", "release", "state")
-VARS = {f"report_{name}": f"{{{{ known[inventory_hostname].{name} }}}}" for name in (*NAMES, "checks", "benchmark")}
+VARS = {f"report_{name}": f"{{{{ known[inventory_hostname].{name} }}}}" for name in (*NAMES, "outage", "checks", "benchmark")}
 
 
 class Page(HTMLParser):
@@ -170,6 +170,21 @@ def test_ok_needs_everything(change: dict[str, Any], reason: str) -> None:
     entry = plugin.report_node({**NODES["b200-1"], **change})
     assert entry["ok"] is False
     assert reason in entry["reason"]
+
+
+@pytest.mark.parametrize(
+    ("outage", "seconds", "words"),
+    [
+        ("", None, "no engine served before"),
+        (None, None, "no engine served before"),
+        (0.0, 0.0, "none"),
+        ("35.24", 35.2, "35.2 s"),
+    ],
+)
+def test_outage(outage: Any, seconds: float | None, words: str) -> None:
+    entry = plugin.report_node({**NODES["b200-1"], "outage": outage})
+    assert entry["outage_s"] == seconds
+    assert plugin.report_outage(entry) == words
 
 
 def test_merge_drops_nodes_that_left_the_inventory_and_survives_a_damaged_report() -> None:

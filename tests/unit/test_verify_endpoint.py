@@ -211,7 +211,8 @@ class Node:
         self.params: dict[str, Any] = {
             "url": f"http://127.0.0.1:{self.edge.server_port}",
             "engine_url": f"http://127.0.0.1:{self.engine.server_port}",
-            "model": MODEL,
+            "models": [MODEL],
+            "listed_models": [MODEL],
             "auth": "keys",
             "api_key": KEY,
             "questions": deepcopy(QUESTIONS),
@@ -278,6 +279,18 @@ def test_an_open_edge_has_no_keys_to_refuse(node: Node) -> None:
     checks = node.checks()
     assert list(checks) == [name for name in ALL if not name.endswith("_key_refused")]
     assert all(check["ok"] for check in checks.values())
+
+
+def test_every_name_answers(node: Node) -> None:
+    node.params["models"] = [MODEL, "my-glm", "glm"]
+    assert node.checks()["other_names"]["detail"] == "answered: my-glm, glm"
+    node.edge.change_chat = lambda body, answer: {**answer, "choices": []} if body["model"] == "glm" else answer
+    assert not node.checks()["other_names"]["ok"]
+
+
+def test_every_listed_name_is_looked_for(node: Node) -> None:
+    node.params["models"] = node.params["listed_models"] = [MODEL, "my-glm"]
+    assert node.checks()["models_list"]["detail"] == "served are glm-5.2-fp8, wanted my-glm"
 
 
 def test_requests_are_as_the_questions_say(node: Node) -> None:
