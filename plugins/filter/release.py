@@ -6,10 +6,16 @@ import hashlib
 import json
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
+
+# Ansible loads a filter by its file and puts no folder of a project's own on the path.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "module_utils"))
+from findings import Finding
 
 UNIT = "glm-engine.service"
 Flags = list[list[str]]  # one list of words a flag
@@ -24,6 +30,37 @@ def engine_image(engine: Mapping[str, Any], driver_branch: int | str) -> str:
             f"{engine['name']} has no image for driver {driver_branch}: it needs {min(images)} or newer"
         )
     return images[max(fitting)]
+
+
+def context_findings(
+    engine: Mapping[str, Any], profile: Mapping[str, Any], settings: Mapping[str, Any], model_length: int | None
+) -> list[dict[str, str]]:
+    """Whether the engine is asked for a longer context than the model's. `settings` is as for engine_flags."""
+    flag, variable = engine["context"]["flag"], engine["context"]["longer_env"]
+    extra = {_canonical(engine, name): value for name, value in (settings.get("extra_args") or {}).items()}
+    chosen = {_canonical(engine, name): value for name, value in (profile.get("flags") or {}).items()}
+    length = tokens({**chosen, **extra}.get(flag))
+    environment = {**(profile.get("env") or {}), **(settings.get("extra_env") or {})}
+    allowed = str(environment.get(variable, "")).lower() in ("1", "true")
+    if not length or not model_length or length <= model_length or allowed:
+        return []
+    where = "glm_engine_extra_args" if flag in extra else "the profile"
+    return [
+        Finding(
+            "context_length",
+            f"{where} asks for more context than the model has (found {flag} {length}, wanted at most {model_length})",
+            f"set {flag} in glm_engine_extra_args, or {variable}=1 in glm_engine_extra_env to try it nevertheless",
+        ).as_dict()
+    ]
+
+
+def tokens(value: Any) -> int | None:
+    """A number of tokens as the engines read it, such as 131072, 128k (thousands) or 128K (1024); else None."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgG]?)", str(value).strip())
+    if not match:
+        return None
+    factor = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+    return int(float(match[1]) * factor.get(match[2], 1))
 
 
 def listed_names(names: Sequence[str], engine: Mapping[str, Any]) -> list[str]:
@@ -218,6 +255,7 @@ class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
             "command_lines": command_lines,
+            "context_findings": context_findings,
             "engine_flags": engine_flags,
             "engine_image": engine_image,
             "engine_problems": engine_problems,

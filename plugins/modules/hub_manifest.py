@@ -72,6 +72,7 @@ manifest:
     revision: {description: Commit, 40 hex digits., type: str}
     files: {description: "Each with path, size, sha256 (large files) or git_sha1 (the others).", type: list}
     total_bytes: {description: Sum of the sizes., type: int}
+    context_length: {description: Tokens that the model takes by its config.json; null if that does not say., type: int}
     sha256: {description: Hash of the sorted listing; the same wherever the files are the same., type: str}
 error:
   description: One line that says what is wrong and what to do; empty if all is well.
@@ -153,7 +154,7 @@ class Hub:
             while page:
                 items, page = self.get(page)
                 entries += items
-            return build_manifest(repo, commit, entries)
+            return {**build_manifest(repo, commit, entries), "context_length": self.context_length(repo, commit)}
         except urllib.error.HTTPError as exc:
             raise HubError(self.explain(exc, repo, revision)) from exc
         except (KeyError, TypeError, ValueError) as exc:
@@ -166,6 +167,15 @@ class Hub:
                 f"the hub at {self.endpoint} cannot be reached ({reason}): check the network, or set"
                 " glm_hf_endpoint to a mirror"
             ) from exc
+
+    def context_length(self, repo: str, commit: str) -> int | None:
+        """None where the hub does not show it: the engine finds out by itself then."""
+        try:
+            config = self.get(f"{self.endpoint}/{repo}/resolve/{commit}/config.json")[0]
+            text = config.get("text_config") or config  # within it where the model reads more than text
+            return int(text["max_position_embeddings"])
+        except (HubError, OSError, http.client.HTTPException, LookupError, TypeError, ValueError, AttributeError):
+            return None
 
     def explain(self, exc: urllib.error.HTTPError, repo: str, revision: str) -> str:
         """What an HTTP error of the hub means for the user."""

@@ -22,7 +22,7 @@ def model() -> dict[str, bytes]:
     files = {shard: bytes([n]) * 200_000 for n, shard in enumerate(SHARDS)}
     index = {"weight_map": {f"layer.{n}": shard for n, shard in enumerate(SHARDS)}}
     files["model.safetensors.index.json"] = json.dumps(index).encode()
-    files["config.json"] = b'{"architectures": ["GlmMoeDsaForCausalLM"]}'
+    files["config.json"] = b'{"architectures": ["GlmMoeDsaForCausalLM"], "max_position_embeddings": 1048576}'
     files["README.md"] = b"# GLM\n"
     return files
 
@@ -117,7 +117,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
         content = self.server.served.get(path, files[path])
         etag = hashlib.sha256(files[path]).hexdigest() if path.endswith(".safetensors") else git_sha1(files[path])
-        if self.command == "GET":
+        if self.command == "GET" and self.headers["User-Agent"] != "glm-fleet":  # that asks for the manifest
             self.server.downloads[path] += 1
         return self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": revision})
 

@@ -41,6 +41,18 @@ def test_lists_sizes_and_hashes(hub: SmallHub) -> None:
     assert files["README.md"]["sha256"] is None
 
 
+def test_reads_the_context_length(hub: SmallHub) -> None:
+    assert Hub(hub.endpoint).manifest(REPO, REVISION)["context_length"] == 1048576
+    hub.served["config.json"] = b'{"text_config": {"max_position_embeddings": 4096}}'
+    assert Hub(hub.endpoint).manifest(REPO, REVISION)["context_length"] == 4096
+
+
+@pytest.mark.parametrize("config", [b"{}", b"[]", b"no json", b'{"max_position_embeddings": "many"}'])
+def test_a_context_length_that_is_not_told_is_no_error(hub: SmallHub, config: bytes) -> None:
+    hub.served["config.json"] = config
+    assert Hub(hub.endpoint).manifest(REPO, REVISION)["context_length"] is None
+
+
 def test_follows_pages(hub: SmallHub) -> None:
     whole = Hub(hub.endpoint).manifest(REPO, REVISION)
     hub.page_size = 2

@@ -54,7 +54,8 @@ def test_the_reference_is_the_guides_command() -> None:
     assert " ".join(flags) == (
         "--model /models/zai-org/GLM-5.2-FP8 --served-model-name glm-5.2-fp8 --host 127.0.0.1 --port 8001 "
         "--shutdown-timeout 120 --tensor-parallel-size 8 --trust-remote-code --kv-cache-dtype fp8 "
-        "--tool-call-parser glm47 --reasoning-parser glm45 --enable-auto-tool-choice"
+        "--tool-call-parser glm47 --reasoning-parser glm45 --enable-auto-tool-choice "
+        "--enable-prompt-tokens-details"
     )
 
 

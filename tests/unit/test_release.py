@@ -17,6 +17,7 @@ ENGINE: dict[str, Any] = {
         "shutdown_timeout": "--shutdown-timeout",
     },
     "listed_names": "all",
+    "context": {"flag": "--max-model-len", "longer_env": "VLLM_ALLOW_LONG_MAX_MODEL_LEN"},
     "reserved": {"--port": "glm_engine_port"},
     "aliases": {"--tp": "--tensor-parallel-size", "-tp": "--tensor-parallel-size"},
     "repeated_flags": ["--middleware"],
@@ -241,3 +242,44 @@ def test_links() -> None:
     assert release.release_links({"current": "new", "previous": ""}, "/opt/glm") == [
         {"path": "/opt/glm/current", "target": "releases/new"}
     ]
+
+
+LONG = {"--max-model-len": 2_000_000}
+
+
+@pytest.mark.parametrize(
+    ("profile", "args", "env", "model", "where"),
+    [
+        ({}, {}, {}, 1_048_576, None),
+        (LONG, {}, {}, 1_048_576, "the profile"),
+        (LONG, {}, {}, None, None),
+        (LONG, {"--max_model_len": 131_000}, {}, 1_048_576, None),
+        ({}, {"--max_model_len": "2M"}, {}, 1_048_576, "glm_engine_extra_args"),
+        ({}, {"--max-model-len": 1_048_576}, {}, 1_048_576, None),
+        ({}, {"--max-model-len": "auto"}, {}, 1_048_576, None),
+        (LONG, {}, {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": 1}, 1_048_576, None),
+        (LONG, {}, {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": 0}, 1_048_576, "the profile"),
+    ],
+)
+def test_a_context_beyond_the_models(
+    profile: dict[str, Any], args: dict[str, Any], env: dict[str, Any], model: int | None, where: str | None
+) -> None:
+    settings = {"extra_args": args, "extra_env": env}
+    findings = release.context_findings(ENGINE, {"flags": profile}, settings, model)
+    assert [finding["line"].split(" asks ")[0] for finding in findings] == (
+        [f"context_length: {where}"] if where else []
+    )
+    assert all("--max-model-len" in finding["line"] for finding in findings)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("131072", 131072), (7, 7), ("128k", 128_000), ("128K", 131_072), ("1.5m", 1_500_000), ("-1", None), (None, None)],
+)
+def test_tokens(text: Any, number: int | None) -> None:
+    assert release.tokens(text) == number
+
+
+def test_listed_names() -> None:
+    assert release.listed_names(["a", "b"], {"listed_names": "all"}) == ["a", "b"]
+    assert release.listed_names(["a", "b"], {"listed_names": "first"}) == ["a"]

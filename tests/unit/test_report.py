@@ -34,7 +34,10 @@ PLAY = """
       become: false
 """
 NAMES = ("engine", "profile", "image", "image_digest", "model", "model_revision", "driver", "release", "state")
-VARS = {f"report_{name}": f"{{{{ known[inventory_hostname].{name} }}}}" for name in (*NAMES, "outage", "checks", "benchmark")}
+VARS = {
+    f"report_{name}": f"{{{{ known[inventory_hostname].{name} }}}}"
+    for name in (*NAMES, "outage", "checks", "benchmark")
+}
 
 
 class Page(HTMLParser):

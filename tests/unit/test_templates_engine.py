@@ -103,7 +103,7 @@ def test_run_reads_as_one_flag_a_line(vllm: dict[str, str]) -> None:
     lines = vllm["run"].splitlines()
     assert lines[0] == "#!/bin/sh"
     assert "  --tensor-parallel-size 8 \\" in lines
-    assert lines[-1] == "  --enable-auto-tool-choice"
+    assert lines[-1] == "  --enable-prompt-tokens-details"
     assert all(len(line) < 200 for line in lines)
 
 

@@ -1,0 +1,223 @@
+#!/usr/bin/python
+# ruff: noqa: E402 (documentation comes before the imports, as ansible-doc wants it)
+"""Ansible module: ask an endpoint as a client of a given kind will."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: client_check
+short_description: Send what a client sends, with that client's own settings
+description:
+  - Takes each client's settings by the names of its environment variables, and makes the requests of that client with
+    them, from where the module runs.
+  - C(claude_code) holds a conversation of two turns through C(/v1/messages), streamed, with a long system prompt, a tool
+    and the billing block that Claude Code puts in front, and counts its tokens; each model of the settings is asked.
+  - C(openai) asks for one streamed chat completion.
+  - A client that is not served is a result, not a failure of the module. Changes nothing.
+options:
+  clients:
+    description:
+      - What to try, by a name of the caller's choice. C(kind) is V(claude_code) or V(openai); C(environment) holds
+        C(ANTHROPIC_BASE_URL), C(ANTHROPIC_API_KEY) and the C(ANTHROPIC_..._MODEL) ones, or C(OPENAI_BASE_URL),
+        C(OPENAI_API_KEY) and C(OPENAI_MODEL).
+    type: dict
+    required: true
+  prompt: {description: What is asked., type: str, required: true}
+  expect: {description: Python regular expression that the whole stripped answer must match., type: str, required: true}
+  system_prompt:
+    description: A sentence that the system prompt of Claude Code's conversation is made of.
+    type: str
+    required: true
+  system_repeat: {description: How often that sentence is in it., type: int, default: 24}
+  timeout: {description: Seconds for one answer., type: int, default: 120}
+author: glm-fleet
+"""
+
+EXAMPLES = r"""
+- name: Try the client's settings
+  client_check:
+    clients:
+      chat:
+        kind: openai
+        environment: {OPENAI_BASE_URL: "http://198.51.100.7:8000/v1", OPENAI_API_KEY: "{{ key }}", OPENAI_MODEL: glm}
+    prompt: "Reply exactly: ok"
+    expect: ok
+    system_prompt: You are a coding agent.
+  delegate_to: localhost
+"""
+
+RETURN = r"""
+ok: {description: Whether every client was served., type: bool, returned: always}
+results:
+  description: By client, whether it is ok, and in C(detail) what was seen in one line.
+  type: dict
+  returned: always
+  contains:
+    ok: {description: Whether it was served., type: bool}
+    detail: {description: What was seen., type: str}
+    cached_tokens:
+      description: Of the second turn's prompt, the tokens that came from the prefix cache; null where that is not told.
+      type: int
+"""
+
+import concurrent.futures
+import re
+import secrets
+from typing import Any
+from urllib.parse import urlsplit
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.endpoint import Response, Server, Wrong, need, shorten
+
+TOOL = {
+    "name": "Bash",
+    "description": "Executes a given bash command.",
+    "input_schema": {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]},
+}
+# Claude Code's own variable: 0 leaves out the block that changes with each request.
+BILLING_SWITCH = "CLAUDE_CODE_ATTRIBUTION_HEADER"
+
+
+class Client:
+    """What each kind of client has: a base address, a key and a way to ask."""
+
+    def __init__(self, environment: dict[str, str], params: dict[str, Any]) -> None:
+        self.environment, self.params = environment, params
+
+    def post(self, base_url: str, path: str, body: dict[str, Any], headers: dict[str, str]) -> Response:
+        base = urlsplit(base_url)
+        answer = Server(base_url, self.params["timeout"]).request("POST", base.path.rstrip("/") + path, body, headers)
+        need(answer, 200)
+        return answer
+
+    def expect(self, text: str) -> str:
+        if not re.fullmatch(self.params["expect"], text.strip()):
+            raise Wrong(f"answered {shorten(text.strip())!r}, wanted {self.params['expect']!r}")
+        return text.strip()
+
+
+class OpenAI(Client):
+    """One streamed chat completion."""
+
+    def run(self) -> dict[str, Any]:
+        model = self.environment["OPENAI_MODEL"]
+        answer = self.post(
+            self.environment["OPENAI_BASE_URL"],
+            "/chat/completions",
+            {
+                "model": model,
+                "messages": [{"role": "user", "content": self.params["prompt"]}],
+                "stream": True,
+                "temperature": 0,
+                "max_tokens": 2048,
+                "chat_template_kwargs": {"enable_thinking": False},
+            },
+            {"Authorization": f"Bearer {self.environment['OPENAI_API_KEY']}"},
+        )
+        deltas = [event["choices"][0]["delta"] for _, event in answer.events() if event.get("choices")]
+        text = self.expect("".join(delta.get("content") or "" for delta in deltas))
+        return {"detail": f"{model} answered {text!r}", "cached_tokens": None}
+
+
+class ClaudeCode(Client):
+    """Two turns of a conversation through /v1/messages."""
+
+    def __init__(self, environment: dict[str, str], params: dict[str, Any]) -> None:
+        super().__init__(environment, params)
+        # New on each run, so that the first turn is in no cache yet.
+        mark = f"Session {secrets.token_hex(8)}."
+        self.system_text = " ".join([mark, *[params["system_prompt"]] * params["system_repeat"]])
+
+    def run(self) -> dict[str, Any]:
+        names = [name for name in self.environment if name.startswith("ANTHROPIC_") and name.endswith("_MODEL")]
+        model, *others = dict.fromkeys(self.environment[name] for name in names)
+        turns = [self.turn("user", self.params["prompt"])]
+        text, _ = self.ask(model, turns)
+        turns += [self.turn("assistant", text), self.turn("user", self.params["prompt"])]
+        _, usage = self.ask(model, turns)
+        count = self.messages("/count_tokens", self.body(model, turns)).json()["input_tokens"]
+        for other in others:
+            self.ask(other, turns[:1])
+        cached = usage.get("cache_read_input_tokens")
+        prompt = usage["input_tokens"] + (cached or 0)
+        told = "cached tokens are not reported" if cached is None else f"{cached} of them from the prefix cache"
+        return {
+            "detail": f"{model} answered 2 turns; {prompt} prompt tokens in the second, {told}; {count} counted",
+            "cached_tokens": cached,
+        }
+
+    @staticmethod
+    def turn(role: str, text: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": text, "cache_control": {"type": "ephemeral"}}]}
+
+    def body(self, model: str, turns: list[dict[str, Any]]) -> dict[str, Any]:
+        system = [{"type": "text", "text": self.system_text, "cache_control": {"type": "ephemeral"}}]
+        if self.environment.get(BILLING_SWITCH) != "0":
+            billing = f"x-anthropic-billing-header: cc_version=2.1.0; cc_entrypoint=cli; cch={secrets.token_hex(3)};"
+            system.insert(0, {"type": "text", "text": billing})
+        return {"model": model, "system": system, "messages": turns, "tools": [TOOL]}
+
+    def messages(self, path: str, body: dict[str, Any]) -> Response:
+        key = {"x-api-key": self.environment["ANTHROPIC_API_KEY"], "anthropic-version": "2023-06-01"}
+        base = self.environment["ANTHROPIC_BASE_URL"].rstrip("/")
+        return self.post(base, f"/v1/messages{path}?beta=true", body, key)
+
+    def ask(self, model: str, turns: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+        """The text of a streamed turn, and its usage."""
+        answer = self.messages("", {**self.body(model, turns), "max_tokens": 2048, "temperature": 0, "stream": True})
+        text, usage, kinds = "", {}, []
+        for _, event in answer.events():
+            kinds.append(event["type"])
+            if event["type"] == "message_start":
+                usage.update(event["message"]["usage"])
+            elif event["type"] == "message_delta":
+                usage.update({name: value for name, value in event["usage"].items() if value is not None})
+            elif event["type"] == "content_block_delta":
+                text += event["delta"].get("text") or ""
+            elif event["type"] == "error":
+                raise Wrong(f"turn {len(turns) // 2 + 1}: {shorten(str(event['error']))}")
+        if kinds[:1] != ["message_start"] or kinds[-1] != "message_stop":
+            raise Wrong(f"turn {len(turns) // 2 + 1}: the stream ends with {(kinds or ['nothing'])[-1]}")
+        if not usage.get("output_tokens"):
+            raise Wrong(f"turn {len(turns) // 2 + 1}: the answer has no tokens")
+        return text, usage
+
+
+KINDS: dict[str, type[OpenAI | ClaudeCode]] = {"openai": OpenAI, "claude_code": ClaudeCode}
+
+
+def attempt(client: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return {"ok": True, **KINDS[client["kind"]](client["environment"], params).run()}
+    except Wrong as problem:
+        detail = str(problem)
+    except (LookupError, TypeError, AttributeError, ValueError) as problem:  # an answer of another shape
+        detail = f"the answer has an unexpected shape ({type(problem).__name__}: {problem})"
+    return {"ok": False, "detail": shorten(detail, 300), "cached_tokens": None}
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "clients": {"type": "dict", "required": True},  # the task that fills it in has no_log
+            "prompt": {"type": "str", "required": True},
+            "expect": {"type": "str", "required": True},
+            "system_prompt": {"type": "str", "required": True},
+            "system_repeat": {"type": "int", "default": 24},
+            "timeout": {"type": "int", "default": 120},
+        },
+        supports_check_mode=True,
+        no_log=True,
+    )
+    clients: dict[str, dict[str, Any]] = module.params["clients"]
+    wrong = [name for name, client in clients.items() if client.get("kind") not in KINDS]
+    if wrong:
+        module.fail_json(msg=f"clients: the kind of {wrong[0]} must be one of: {', '.join(KINDS)}")
+    with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
+        answers = list(pool.map(lambda client: attempt(client, module.params), clients.values()))
+    results = dict(zip(clients, answers))
+    module.exit_json(changed=False, ok=all(answer["ok"] for answer in answers), results=results)
+
+
+if __name__ == "__main__":
+    main()
