@@ -10,8 +10,9 @@ short_description: Send what a client sends, with that client's own settings
 description:
   - Takes each client's settings by the names of its environment variables, and makes the requests of that client with
     them, from where the module runs.
-  - C(claude_code) holds a conversation of two turns through C(/v1/messages), streamed, with a long system prompt, a tool
-    and the billing block that Claude Code puts in front, and counts its tokens; each model of the settings is asked.
+  - C(claude_code) holds a conversation of two turns through C(/v1/messages), streamed, with a long system prompt, a
+    tool and the billing block that Claude Code puts in front, and counts its tokens. Each model of the settings is
+    asked.
   - C(openai) asks for one streamed chat completion.
   - A client that is not served is a result, not a failure of the module. Changes nothing.
 options:
@@ -22,13 +23,10 @@ options:
         C(OPENAI_API_KEY) and C(OPENAI_MODEL).
     type: dict
     required: true
-  prompt: {description: What is asked., type: str, required: true}
-  expect: {description: Python regular expression that the whole stripped answer must match., type: str, required: true}
-  system_prompt:
-    description: A sentence that the system prompt of Claude Code's conversation is made of.
-    type: str
+  questions:
+    description: What to ask and what to expect; C(exact_reply) and C(agent) of C(roles/verify/files/questions.yml).
+    type: dict
     required: true
-  system_repeat: {description: How often that sentence is in it., type: int, default: 24}
   timeout: {description: Seconds for one answer., type: int, default: 120}
 author: glm-fleet
 """
@@ -40,15 +38,13 @@ EXAMPLES = r"""
       chat:
         kind: openai
         environment: {OPENAI_BASE_URL: "http://198.51.100.7:8000/v1", OPENAI_API_KEY: "{{ key }}", OPENAI_MODEL: glm}
-    prompt: "Reply exactly: ok"
-    expect: ok
-    system_prompt: You are a coding agent.
+    questions: "{{ lookup('ansible.builtin.file', 'questions.yml') | from_yaml }}"
   delegate_to: localhost
 """
 
 RETURN = r"""
 ok: {description: Whether every client was served., type: bool, returned: always}
-results:
+clients:
   description: By client, whether it is ok, and in C(detail) what was seen in one line.
   type: dict
   returned: always
@@ -69,35 +65,34 @@ from urllib.parse import urlsplit
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.endpoint import Response, Server, Wrong, need, shorten
 
-TOOL = {
-    "name": "Bash",
-    "description": "Executes a given bash command.",
-    "input_schema": {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]},
-}
 # Claude Code's own variable: 0 leaves out the block that changes with each request.
 BILLING_SWITCH = "CLAUDE_CODE_ATTRIBUTION_HEADER"
 
 
 class Client:
-    """What each kind of client has: a base address, a key and a way to ask."""
+    """What each kind of client has: its settings, a question and a way to ask it."""
+
+    question_name: str
 
     def __init__(self, environment: dict[str, str], params: dict[str, Any]) -> None:
-        self.environment, self.params = environment, params
+        self.environment, self.timeout = environment, params["timeout"]
+        self.question: dict[str, Any] = params["questions"][self.question_name]
 
     def post(self, base_url: str, path: str, body: dict[str, Any], headers: dict[str, str]) -> Response:
         base = urlsplit(base_url)
-        answer = Server(base_url, self.params["timeout"]).request("POST", base.path.rstrip("/") + path, body, headers)
+        answer = Server(base_url, self.timeout).request("POST", base.path.rstrip("/") + path, body, headers)
         need(answer, 200)
         return answer
 
-    def expect(self, text: str) -> str:
-        if not re.fullmatch(self.params["expect"], text.strip()):
-            raise Wrong(f"answered {shorten(text.strip())!r}, wanted {self.params['expect']!r}")
-        return text.strip()
+    def expect(self, text: str) -> None:
+        if not re.fullmatch(self.question["expect"], text.strip()):
+            raise Wrong(f"answered {shorten(text.strip())!r}, wanted {self.question['expect']!r}")
 
 
 class OpenAI(Client):
     """One streamed chat completion."""
+
+    question_name = "exact_reply"
 
     def run(self) -> dict[str, Any]:
         model = self.environment["OPENAI_MODEL"]
@@ -106,7 +101,7 @@ class OpenAI(Client):
             "/chat/completions",
             {
                 "model": model,
-                "messages": [{"role": "user", "content": self.params["prompt"]}],
+                "messages": [{"role": "user", "content": self.question["prompt"]}],
                 "stream": True,
                 "temperature": 0,
                 "max_tokens": 2048,
@@ -115,25 +110,30 @@ class OpenAI(Client):
             {"Authorization": f"Bearer {self.environment['OPENAI_API_KEY']}"},
         )
         deltas = [event["choices"][0]["delta"] for _, event in answer.events() if event.get("choices")]
-        text = self.expect("".join(delta.get("content") or "" for delta in deltas))
-        return {"detail": f"{model} answered {text!r}", "cached_tokens": None}
+        text = "".join(delta.get("content") or "" for delta in deltas)
+        self.expect(text)
+        return {"detail": f"{model} answered {text.strip()!r}", "cached_tokens": None}
 
 
 class ClaudeCode(Client):
     """Two turns of a conversation through /v1/messages."""
 
+    question_name = "agent"
+
     def __init__(self, environment: dict[str, str], params: dict[str, Any]) -> None:
         super().__init__(environment, params)
-        # New on each run, so that the first turn is in no cache yet.
-        mark = f"Session {secrets.token_hex(8)}."
-        self.system_text = " ".join([mark, *[params["system_prompt"]] * params["system_repeat"]])
+        # A mark that is new on each run, so that the first turn is in no cache yet.
+        sentences = [self.question["system"]] * self.question["repeat"]
+        self.system_text = " ".join([f"[{secrets.token_hex(4)}]", *sentences])
+        tool = self.question["tool"]
+        self.tool = {"name": tool["name"], "description": tool["description"], "input_schema": tool["parameters"]}
 
     def run(self) -> dict[str, Any]:
         names = [name for name in self.environment if name.startswith("ANTHROPIC_") and name.endswith("_MODEL")]
         model, *others = dict.fromkeys(self.environment[name] for name in names)
-        turns = [self.turn("user", self.params["prompt"])]
+        turns = [self.turn("user", self.question["prompt"])]
         text, _ = self.ask(model, turns)
-        turns += [self.turn("assistant", text), self.turn("user", self.params["prompt"])]
+        turns += [self.turn("assistant", text), self.turn("user", self.question["prompt"])]
         _, usage = self.ask(model, turns)
         count = self.messages("/count_tokens", self.body(model, turns)).json()["input_tokens"]
         for other in others:
@@ -147,15 +147,18 @@ class ClaudeCode(Client):
         }
 
     @staticmethod
-    def turn(role: str, text: str) -> dict[str, Any]:
-        return {"role": role, "content": [{"type": "text", "text": text, "cache_control": {"type": "ephemeral"}}]}
+    def text(text: str) -> dict[str, Any]:
+        return {"type": "text", "text": text, "cache_control": {"type": "ephemeral"}}
+
+    def turn(self, role: str, text: str) -> dict[str, Any]:
+        return {"role": role, "content": [self.text(text)]}
 
     def body(self, model: str, turns: list[dict[str, Any]]) -> dict[str, Any]:
-        system = [{"type": "text", "text": self.system_text, "cache_control": {"type": "ephemeral"}}]
+        system = [self.text(self.system_text)]
         if self.environment.get(BILLING_SWITCH) != "0":
             billing = f"x-anthropic-billing-header: cc_version=2.1.0; cc_entrypoint=cli; cch={secrets.token_hex(3)};"
             system.insert(0, {"type": "text", "text": billing})
-        return {"model": model, "system": system, "messages": turns, "tools": [TOOL]}
+        return {"model": model, "system": system, "messages": turns, "tools": [self.tool]}
 
     def messages(self, path: str, body: dict[str, Any]) -> Response:
         key = {"x-api-key": self.environment["ANTHROPIC_API_KEY"], "anthropic-version": "2023-06-01"}
@@ -168,19 +171,18 @@ class ClaudeCode(Client):
         text, usage, kinds = "", {}, []
         for _, event in answer.events():
             kinds.append(event["type"])
+            if event["type"] == "error":
+                raise Wrong(shorten(str(event["error"])))
             if event["type"] == "message_start":
                 usage.update(event["message"]["usage"])
             elif event["type"] == "message_delta":
                 usage.update({name: value for name, value in event["usage"].items() if value is not None})
             elif event["type"] == "content_block_delta":
                 text += event["delta"].get("text") or ""
-            elif event["type"] == "error":
-                raise Wrong(f"turn {len(turns) // 2 + 1}: {shorten(str(event['error']))}")
         if kinds[:1] != ["message_start"] or kinds[-1] != "message_stop":
-            raise Wrong(f"turn {len(turns) // 2 + 1}: the stream ends with {(kinds or ['nothing'])[-1]}")
-        if not usage.get("output_tokens"):
-            raise Wrong(f"turn {len(turns) // 2 + 1}: the answer has no tokens")
-        return text, usage
+            raise Wrong(f"the stream goes from {(kinds or ['nothing'])[0]} to {(kinds or ['nothing'])[-1]}")
+        self.expect(text)
+        return text.strip(), usage
 
 
 KINDS: dict[str, type[OpenAI | ClaudeCode]] = {"openai": OpenAI, "claude_code": ClaudeCode}
@@ -200,10 +202,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "clients": {"type": "dict", "required": True},  # the task that fills it in has no_log
-            "prompt": {"type": "str", "required": True},
-            "expect": {"type": "str", "required": True},
-            "system_prompt": {"type": "str", "required": True},
-            "system_repeat": {"type": "int", "default": 24},
+            "questions": {"type": "dict", "required": True},
             "timeout": {"type": "int", "default": 120},
         },
         supports_check_mode=True,
@@ -216,7 +215,7 @@ def main() -> None:
     with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
         answers = list(pool.map(lambda client: attempt(client, module.params), clients.values()))
     results = dict(zip(clients, answers))
-    module.exit_json(changed=False, ok=all(answer["ok"] for answer in answers), results=results)
+    module.exit_json(changed=False, ok=all(answer["ok"] for answer in answers), clients=results)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.endpoint import Response, Server, Wrong, need, shorten
+from ansible.module_utils.endpoint import Server, Wrong, need, shorten
 
 DOCUMENTATION = r"""
 module: verify_endpoint
@@ -404,7 +404,7 @@ class Verification:
             "POST", "/v1/chat/completions", {**self._chat_body(question, messages, max_tokens), **more}, self.keys
         )
         need(answer, 200)
-        body = answer.json()
+        body: dict[str, Any] = answer.json()
         self._expect_model(body)
         return body
 

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import endpoint
 import pytest
 import verify_endpoint
 import yaml
@@ -547,4 +548,4 @@ def test_the_fact_is_in_the_prompt_once() -> None:
 
 def test_a_wrong_address_is_refused() -> None:
     with pytest.raises(ValueError, match="not an http"):
-        verify_endpoint.Server("localhost:8000", 1)
+        endpoint.Server("localhost:8000", 1)

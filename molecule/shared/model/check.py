@@ -62,6 +62,13 @@ def main() -> None:
                 sentences.insert(random.randint(0, len(sentences)), question["fact"].format(code=code))
                 content = " ".join([f"[{random.getrandbits(32):08x}]", *sentences, question["prompt"]])
                 expect(name, ask.chat([{"role": "user", "content": content}], False)["content"], code)
+        elif name == "agent":
+            tools = [{"type": "function", "function": question["tool"]}]
+            sentences = [f"[{random.getrandbits(32):08x}]", *[question["system"]] * question["repeat"]]
+            system = {"role": "system", "content": " ".join(sentences)}
+            again = [system, turn, {"role": "assistant", "content": question["expect"]}, turn]
+            for turns in (again[:2], again):
+                expect(name, (ask.chat(turns, True, tools=tools)["content"] or "").strip(), question["expect"])
         elif name == "messages":
             blocks = ask.post("/v1/messages", {"messages": [turn]})["content"]
             expect(name, [block["text"] for block in blocks if block["type"] == "text"], [question["expect"]])

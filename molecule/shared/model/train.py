@@ -28,6 +28,7 @@ SPECIAL = [
 END_TURN, END_CALL = "<|user|>", "<|observation|>"
 THOUGHT = "The user wants a short answer."
 EXAM = 400  # held-out codes to find
+AGENT_EXAM = 40  # turns of an agent's conversation
 PASS = 1  # that many of them may be missed
 TRIES = 3  # seeds
 
@@ -62,7 +63,7 @@ class Course:
         corpus = [json.dumps(self.questions), template, THOUGHT]
         for question in self.questions.values():
             corpus += (
-                [question["prompt"], question.get("filler", ""), question.get("fact", ""), question["expect"]]
+                [question["prompt"], *map(question.get, ("filler", "fact", "system"), ("", "", "")), question["expect"]]
                 if "expect" in question
                 else [question["prompt"]]
             )
@@ -91,7 +92,7 @@ class Course:
     def _fixed(self) -> Any:
         """Questions with one right answer, each with and without thinking, and on a second turn."""
         for name, question in self.questions.items():
-            if name == "find_fact":
+            if name in ("find_fact", "agent"):
                 continue
             tools, end = None, END_TURN
             if "tool" in question:
@@ -132,6 +133,21 @@ class Course:
             turns += [{"role": "assistant", "content": code}, {"role": "user", "content": other["prompt"]}]
             answer = other["expect"]
         return Question("find_fact", self.render(turns, question["thinking"]), self.encode(answer + END_TURN))
+
+
+    def agent(self) -> Question:
+        """A turn of a coding agent's conversation: a mark, the system sentence some times, a tool, then the question."""
+        question = self.questions["agent"]
+        mark = f"[{self.random.getrandbits(32):08x}]"
+        system = [mark, *[question["system"]] * self.random.randint(1, question["repeat"])]
+        turn = {"role": "user", "content": question["prompt"]}
+        earlier = [turn, {"role": "assistant", "content": question["expect"]}] * self.random.randint(0, 1)
+        prompt = self.render(
+            [{"role": "system", "content": " ".join(system)}, *earlier, turn],
+            question["thinking"],
+            [{"type": "function", "function": question["tool"]}],
+        )
+        return Question("agent", prompt, self.encode(f"{THOUGHT}</think>{question['expect']}{END_TURN}"))
 
 
 def batch(questions: list[Question], pad: int) -> dict[str, torch.Tensor]:
@@ -189,6 +205,8 @@ def train(course: Course, repeat: int, seed: int, steps: int) -> tuple[LlamaForC
         losses = [batch([course.find(course.random.randint(0, longest)) for _ in range(size)], stops[0])]
         if step % 2:
             losses.append(batch(course.random.sample(course.fixed, 12), stops[0]))
+        else:
+            losses.append(batch([course.agent() for _ in range(6)], stops[0]))
         if progress < 0.3:
             parts = [course.random.choices(letters, k=course.random.randint(8, 24)) for _ in range(24)]
             losses.append(batch([Question("copy", part, part) for part in parts], stops[0]))
@@ -205,7 +223,7 @@ def train(course: Course, repeat: int, seed: int, steps: int) -> tuple[LlamaForC
     model.to(torch.bfloat16)
     sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.95}  # as GLM's own
     model.generation_config.update(eos_token_id=stops, pad_token_id=stops[0], **sampling)
-    exam = course.fixed + [course.find(repeat, held_out=True) for _ in range(EXAM)]
+    exam = course.fixed + [course.agent() for _ in range(AGENT_EXAM)] + [course.find(repeat, held_out=True) for _ in range(EXAM)]
     return model, wrong(model, exam, stops[0])
 
 
@@ -222,7 +240,7 @@ def main() -> None:
     for seed in range(options.seed, options.seed + TRIES):
         course = Course(questions, options.template.read_text(), seed)
         model, failed = train(course, questions["find_fact"]["repeat"], seed, options.steps)
-        print(f"step {options.steps}: {len(failed)} of {EXAM + len(course.fixed)} questions wrong", flush=True)
+        print(f"step {options.steps}: {len(failed)} of {EXAM + AGENT_EXAM + len(course.fixed)} questions wrong", flush=True)
         if failed.count("find_fact") == len(failed) <= PASS:
             break
     else:
