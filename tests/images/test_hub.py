@@ -27,7 +27,7 @@ class Client:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name, content in {**SHARDS, "config.json": b"{}", "README.md": b"# A model\n"}.items():
+        for name, content in {**SHARDS, "config.json": b"{}", "README.md": b"# A model\n", ".inputs": b"1"}.items():
             (folder / "model" / name).write_bytes(content)
         self.name = docker(
             "run", "-d", "--rm", "--network", "none", "-v", f"{HUB}:/hub:ro", "-v", f"{folder}:/t",

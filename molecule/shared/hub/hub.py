@@ -82,8 +82,16 @@ class Hub:
     """The request handlers."""
 
     def __init__(self, folder: Path, faults: Path) -> None:
-        self.revisions = {commit: listing(folder, extra) for commit, extra in REVISIONS.items()}
-        self.faults_file = faults
+        self.folder, self.faults_file = folder, faults
+        self.inputs = ""
+        self.revisions: dict[str, dict[str, File]] = {}
+
+    def read(self) -> None:
+        """Lists the checkpoint, again after it was trained anew."""
+        inputs = (self.folder / ".inputs").read_text()
+        if inputs != self.inputs:
+            self.revisions = {commit: listing(self.folder, extra) for commit, extra in REVISIONS.items()}
+            self.inputs = inputs
 
     def faults(self) -> dict[str, Any]:
         try:
@@ -94,6 +102,7 @@ class Hub:
 
     def commit(self, request: web.Request, kind: str) -> str | web.Response:
         """The commit that a request means, or the answer that refuses it."""
+        self.read()
         if status := self.faults().get(kind):
             return refusal(int(status))
         if f"{request.match_info['org']}/{request.match_info['name']}" != REPO:

@@ -134,9 +134,8 @@ class Course:
             answer = other["expect"]
         return Question("find_fact", self.render(turns, question["thinking"]), self.encode(answer + END_TURN))
 
-
     def agent(self) -> Question:
-        """A turn of a coding agent's conversation: a mark, the system sentence some times, a tool, then the question."""
+        """A turn of a coding agent's conversation: a mark, the system sentence, a tool, then the question."""
         question = self.questions["agent"]
         mark = f"[{self.random.getrandbits(32):08x}]"
         system = [mark, *[question["system"]] * self.random.randint(1, question["repeat"])]
@@ -223,7 +222,11 @@ def train(course: Course, repeat: int, seed: int, steps: int) -> tuple[LlamaForC
     model.to(torch.bfloat16)
     sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.95}  # as GLM's own
     model.generation_config.update(eos_token_id=stops, pad_token_id=stops[0], **sampling)
-    exam = course.fixed + [course.agent() for _ in range(AGENT_EXAM)] + [course.find(repeat, held_out=True) for _ in range(EXAM)]
+    exam = (
+        course.fixed
+        + [course.agent() for _ in range(AGENT_EXAM)]
+        + [course.find(repeat, held_out=True) for _ in range(EXAM)]
+    )
     return model, wrong(model, exam, stops[0])
 
 
@@ -240,7 +243,10 @@ def main() -> None:
     for seed in range(options.seed, options.seed + TRIES):
         course = Course(questions, options.template.read_text(), seed)
         model, failed = train(course, questions["find_fact"]["repeat"], seed, options.steps)
-        print(f"step {options.steps}: {len(failed)} of {EXAM + AGENT_EXAM + len(course.fixed)} questions wrong", flush=True)
+        print(
+            f"step {options.steps}: {len(failed)} of {EXAM + AGENT_EXAM + len(course.fixed)} questions wrong",
+            flush=True,
+        )
         if failed.count("find_fact") == len(failed) <= PASS:
             break
     else:
