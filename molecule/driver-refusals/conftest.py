@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-# The way to playbooks and to the engine is that of the other suite.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "refusals"))
-
 from driver_testbed import INVENTORY, Node
 from testbed import SHARED, Play
 
 
 @pytest.fixture(scope="session")
 def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
-    return Play(tmp_path_factory.mktemp("driver-refusals"))
+    return Play(tmp_path_factory.mktemp("driver-refusals"), INVENTORY)
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +21,7 @@ def nodes(play: Play) -> Iterator[None]:
     keep = os.environ.get("REFUSALS_KEEP")
 
     def shared(name: str, seconds: int) -> None:
-        done = play(inventory=INVENTORY, playbook=str(SHARED / name), seconds=seconds)
+        done = play(playbook=str(SHARED / name), seconds=seconds)
         assert done.code == 0, done.output[-3000:] + done.errors
 
     if not keep:

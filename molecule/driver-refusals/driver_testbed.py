@@ -37,7 +37,7 @@ class Node:
     ) -> Run:
         """A run over this node alone."""
         limit = ("--limit", self.name)
-        return self.play(*limit, *arguments, inventory=INVENTORY, playbook=playbook, seconds=seconds, **settings)
+        return self.play(*limit, *arguments, playbook=playbook, seconds=seconds, **settings)
 
     def snapshot(self) -> list[str]:
         return self.run(SNAPSHOT + "\nls /sys/module\n").splitlines()

@@ -6,12 +6,13 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from testbed import SHARED, Node, Play
+from node import INVENTORY, Node
+from testbed import SHARED, Play
 
 
 @pytest.fixture(scope="session")
 def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
-    return Play(tmp_path_factory.mktemp("refusals"))
+    return Play(tmp_path_factory.mktemp("refusals"), INVENTORY)
 
 
 @pytest.fixture(scope="session")

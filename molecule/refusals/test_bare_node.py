@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from testbed import MIRROR, SHARED, Node, Play, Run, differences, docker
+from node import MIRROR, Node
+from testbed import SHARED, Play, Run, differences, docker
 
 NO_SUCH_DIGEST = f"sha256:{'0' * 64}"
 CUDA13 = "vllm/vllm-openai:light-cu130"

@@ -77,6 +77,17 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
          "glm_engine_extra_args: --tp and --tensor-parallel-size are the same flag: keep one of them",
          "glm_engine_extra_args: 'max' is not a flag: write it as --name"],
     ),
+    "served names that are empty and doubled": (
+        HOSTS,
+        {"glm_served_model_name": ["glm-5.2-fp8", "", "glm-5.2-fp8"]},
+        ["glm_served_model_name: '' is no name: remove it, or write a text",
+         "glm_served_model_name: glm-5.2-fp8 is there twice: keep one of them"],
+    ),
+    "no served name": (
+        HOSTS,
+        {"glm_served_model_name": []},
+        ["glm_served_model_name: there is no name: set one that clients ask for"],
+    ),
     "environment that no file can hold": (
         HOSTS,
         {"glm_engine_extra_env": {"A-B": "1", "TWO": "a\nb"}},

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-from testbed import MIRROR, ROOT, Node, Play, differences, docker
+from node import MIRROR, Node
+from testbed import ROOT, Play, differences, docker
 
 QUESTION = yaml.safe_load((ROOT / "roles/verify/files/questions.yml").read_text())["sum"]
 NEXT_REVISION = "2" * 40

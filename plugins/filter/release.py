@@ -70,7 +70,7 @@ def listed_names(names: Sequence[str], engine: Mapping[str, Any]) -> list[str]:
 
 def engine_problems(engine: Mapping[str, Any], profile: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """What is wrong with the flags and the environment, one line each. `settings` is as for engine_flags."""
-    names = [str(name) for name in settings.get("served_model_names") or []]
+    names = list(settings.get("served_model_names") or [])
     extra_env = settings.get("extra_env") or {}
     return (
         _flag_problems(engine, profile.get("flags") or {}, "the profile")
@@ -243,10 +243,14 @@ def _missing_flags(engine: Mapping[str, Any], profile: Mapping[str, Any], settin
     return problems
 
 
-def _name_problems(names: list[str]) -> list[str]:
-    problems = [] if names and all(name.strip() for name in names) else ["glm_served_model_name: a name is empty"]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    return problems + [f"glm_served_model_name: {name} is there twice" for name in twice]
+def _name_problems(names: list[Any]) -> list[str]:
+    if not names:
+        return ["glm_served_model_name: there is no name: set one that clients ask for"]
+    unfit = [name for name in names if not isinstance(name, str) or not name.strip()]
+    twice = sorted({name for name in names if isinstance(name, str) and name.strip() and names.count(name) > 1})
+    return [f"glm_served_model_name: {name!r} is no name: remove it, or write a text" for name in unfit] + [
+        f"glm_served_model_name: {name} is there twice: keep one of them" for name in twice
+    ]
 
 
 class FilterModule:

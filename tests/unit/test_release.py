@@ -126,8 +126,10 @@ def test_kinds_of_values() -> None:
             {"extra_args": {"max-model-len": 1}},
             "glm_engine_extra_args: 'max-model-len' is not a flag: write it as --name",
         ),
-        ({"names": ()}, "glm_served_model_name: a name is empty"),
-        ({"names": ("a", "b", "a")}, "glm_served_model_name: a is there twice"),
+        ({"names": ()}, "glm_served_model_name: there is no name: set one that clients ask for"),
+        ({"names": ("a", " ")}, "glm_served_model_name: ' ' is no name: remove it, or write a text"),
+        ({"names": ("a", 5)}, "glm_served_model_name: 5 is no name: remove it, or write a text"),
+        ({"names": ("a", "b", "a")}, "glm_served_model_name: a is there twice: keep one of them"),
         ({"extra_env": {"A-B": "1"}}, "glm_engine_extra_env: 'A-B' is not a name of an environment variable"),
         (
             {"extra_env": {"A": "1\n2"}},

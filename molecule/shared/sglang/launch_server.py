@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -41,6 +42,12 @@ def vllm_command(args: argparse.Namespace, port: int) -> list[str]:
     if args.context_length:
         command += ["--max-model-len", str(args.context_length)]
     return [*command, "--trust-remote-code"]
+
+
+def vllm_environment() -> dict[str, str]:
+    """With vLLM's own name for the address of the workers' ports."""
+    address = os.environ.get("SGLANG_HOST_IP")
+    return {**os.environ, **({"VLLM_HOST_IP": address} if address else {})}
 
 
 def free_port() -> int:
@@ -140,7 +147,9 @@ class Server:
         print("Load weight begin.", flush=True)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.draining.set)
         # A group of its own: SIGTERM is for this process, which drains first.
-        child = await asyncio.create_subprocess_exec(*vllm_command(self.args, self.port), start_new_session=True)
+        child = await asyncio.create_subprocess_exec(
+            *vllm_command(self.args, self.port), env=vllm_environment(), start_new_session=True
+        )
         starting = asyncio.create_task(self.wait_until_ready(child))
         ended = asyncio.create_task(child.wait())
         told = asyncio.create_task(self.draining.wait())

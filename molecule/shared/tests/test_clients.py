@@ -14,11 +14,11 @@ import anthropic
 import openai
 import pytest
 import yaml
+from testbed import ROOT, Play
 from testinfra.host import Host
 
-PROJECT = Path(os.environ["MOLECULE_PROJECT_DIRECTORY"])
 INVENTORY = Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"]) / "inventory"
-QUESTIONS: dict[str, Any] = yaml.safe_load((PROJECT / "roles/verify/files/questions.yml").read_text())
+QUESTIONS: dict[str, Any] = yaml.safe_load((ROOT / "roles/verify/files/questions.yml").read_text())
 EXACT, SUM, COUNT, WEATHER = (QUESTIONS[name] for name in ("exact_reply", "sum", "streaming", "tool_call"))
 NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
 MODES = {
@@ -31,24 +31,16 @@ MODES = {
 
 
 @pytest.fixture(scope="session")
-def run() -> str:
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     """What clients.yml says, once for all nodes."""
-    done = subprocess.run(
-        [f"{PROJECT}/.venv/bin/ansible-playbook", "playbooks/clients.yml", "-i", str(INVENTORY)],
-        cwd=PROJECT,
-        env={**os.environ, "ANSIBLE_NOCOLOR": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
-    return done.stdout
+    done = Play(tmp_path_factory.mktemp("clients"), INVENTORY)(playbook="playbooks/clients.yml")
+    assert done.code == 0, done.messages
+    return done.output
 
 
 @pytest.fixture(scope="module")
-def files(run: str, host: Host) -> Path:
-    return INVENTORY / "keys/clients" / host.backend.get_hostname()
+def files(run: str, node: str) -> Path:
+    return INVENTORY / "keys/clients" / node
 
 
 @pytest.fixture(scope="module")
