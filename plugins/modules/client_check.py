@@ -10,9 +10,8 @@ short_description: Send what a client sends, with that client's own settings
 description:
   - Takes each client's settings by the names of its environment variables, and makes the requests of that client with
     them, from where the module runs.
-  - C(claude_code) holds a conversation of two turns through C(/v1/messages), streamed, with a long system prompt, a
-    tool and the billing block that Claude Code puts in front, and counts its tokens. Each model of the settings is
-    asked.
+  - C(claude_code) holds a conversation of two turns through C(/v1/messages), streamed, with a long system prompt and
+    a tool, and counts its tokens. Each model of the settings is asked.
   - C(openai) asks for one streamed chat completion.
   - A client that is not served is a result, not a failure of the module. Changes nothing.
 options:
@@ -64,9 +63,6 @@ from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.endpoint import Response, Server, Wrong, need, shorten
-
-# Claude Code's own variable: 0 leaves out the block that changes with each request.
-BILLING_SWITCH = "CLAUDE_CODE_ATTRIBUTION_HEADER"
 
 
 class Client:
@@ -154,11 +150,7 @@ class ClaudeCode(Client):
         return {"role": role, "content": [self.text(text)]}
 
     def body(self, model: str, turns: list[dict[str, Any]]) -> dict[str, Any]:
-        system = [self.text(self.system_text)]
-        if self.environment.get(BILLING_SWITCH) != "0":
-            billing = f"x-anthropic-billing-header: cc_version=2.1.0; cc_entrypoint=cli; cch={secrets.token_hex(3)};"
-            system.insert(0, {"type": "text", "text": billing})
-        return {"model": model, "system": system, "messages": turns, "tools": [self.tool]}
+        return {"model": model, "system": [self.text(self.system_text)], "messages": turns, "tools": [self.tool]}
 
     def messages(self, path: str, body: dict[str, Any]) -> Response:
         key = {"x-api-key": self.environment["ANTHROPIC_API_KEY"], "anthropic-version": "2023-06-01"}

@@ -114,15 +114,7 @@ def test_claude_code(endpoint: Endpoint) -> None:
     assert [turn["role"] for turn in second["messages"]] == ["user", "assistant", "user"]
     assert second["messages"][1]["content"][0]["text"] == "ok"
     assert first["tools"][0]["input_schema"]["required"] == ["command"]
-    # The block in front is another one in each request; all that follows is the same.
-    assert first["system"][0] != second["system"][0]
-    assert first["system"][1:] == second["system"][1:]
-    assert first["system"][0]["text"].startswith("x-anthropic-billing-header: ")
-
-
-def test_no_billing_block_where_it_is_switched_off(endpoint: Endpoint) -> None:
-    attempt(endpoint, "claude_code", CLAUDE_CODE_ATTRIBUTION_HEADER="0")
-    assert all(len(body["system"]) == 1 for _, body, _ in endpoint.asked)
+    assert first["system"] == second["system"]
 
 
 def test_every_model_is_asked_once(endpoint: Endpoint) -> None:
