@@ -46,11 +46,12 @@ class Response:
 class Server:
     """One HTTP server; each request has a connection of its own."""
 
-    def __init__(self, url: str, timeout: float) -> None:
+    def __init__(self, url: str, timeout: float, headers: dict[str, str] | None = None) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url!r} is not an http or https address")
         self.host, self.tls, self.timeout = parts.hostname, parts.scheme == "https", timeout
+        self.headers = {"Content-Type": "application/json", **(headers or {})}
         self.port = parts.port or (443 if self.tls else 80)
 
     def _connect(self) -> http.client.HTTPConnection:
@@ -68,7 +69,7 @@ class Server:
         connection = self._connect()
         try:
             data = json.dumps(body).encode() if body is not None else None
-            connection.request(method, path, data, {"Content-Type": "application/json", **(headers or {})})
+            connection.request(method, path, data, {**self.headers, **(headers or {})})
             answer = connection.getresponse()
             content, rest, lines = b"", b"", []
             while part := answer.read1(65536):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import re
 import secrets
@@ -15,6 +16,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.endpoint import Server, Wrong, need, shorten
+from ansible.module_utils.metrics import samples
 
 DOCUMENTATION = r"""
 module: verify_endpoint
@@ -51,6 +53,8 @@ options:
   container: {description: The engine's container., type: str, default: glm-engine}
   image_digest: {description: 'Digest (C(sha256:...)) that the container must run.', type: str, required: true}
   gpu_count: {description: GPUs that the container must see., type: int, required: true}
+  headers: {description: Headers of each request to the edge., type: dict, default: {}}
+  result_file: {description: 'Where to note when it was and what failed; empty for nowhere.', type: path}
   timeout: {description: Seconds for one check., type: int, default: 120}
   ready_timeout: {description: Seconds for the edge to call the engine ready., type: int, default: 10}
 author: glm-fleet
@@ -91,7 +95,7 @@ class Verification:
         self.params = params
         self.questions: dict[str, Any] = params["questions"]
         self.model, *self.other_models = params["models"]
-        self.edge = Server(params["url"], params["timeout"])
+        self.edge = Server(params["url"], params["timeout"], params["headers"])
         self.engine = Server(params["engine_url"], params["timeout"])
         self.code = str(1000 + secrets.randbelow(9000))
         self.long_prompt = find_fact_prompt(self.questions["find_fact"], self.code, secrets.token_hex(4))
@@ -427,16 +431,9 @@ class Verification:
             raise Wrong(f"the answer is from the model {body.get('model')!r}, wanted {self.model!r}")
 
     def _metrics(self) -> dict[str, float]:
-        """Sum of each metric's samples; a family without a sample yet counts 0."""
         answer = self.engine.request("GET", "/metrics")
         need(answer, 200)
-        values: dict[str, float] = {}
-        for _, line in answer.lines:
-            if line.startswith("# TYPE "):
-                values.setdefault(line.split()[2], 0.0)
-            elif line and not line.startswith("#"):
-                name, _, value = re.sub(r"\{.*\}", "", line).partition(" ")
-                values[name] = values.get(name, 0.0) + float(value.split()[0])
+        values: dict[str, float] = samples(answer.body.decode(errors="replace"))
         return values
 
     def _cached_tokens(self) -> float | None:
@@ -475,6 +472,13 @@ def outward_address() -> str | None:
     return None if address.startswith("127.") else address
 
 
+def note(path: str, failed: list[str]) -> None:
+    """When the node was asked last, and what failed; a directory that is not there yet is no reason to fail."""
+    result = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "ok": not failed, "failed": failed}
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump(result, file)
+
+
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
@@ -492,6 +496,8 @@ def main() -> None:
             "container": {"type": "str", "default": "glm-engine"},
             "image_digest": {"type": "str", "required": True},
             "gpu_count": {"type": "int", "required": True},
+            "headers": {"type": "dict", "default": {}},
+            "result_file": {"type": "path"},
             "timeout": {"type": "int", "default": 120},
             "ready_timeout": {"type": "int", "default": 10},
         },
@@ -502,7 +508,10 @@ def main() -> None:
         checks = Verification(module.params).run()
     except ValueError as problem:
         module.fail_json(str(problem))
-    module.exit_json(changed=False, ok=all(check["ok"] for check in checks), checks=checks)
+    failed = [check["name"] for check in checks if not check["ok"]]
+    if module.params["result_file"]:
+        note(module.params["result_file"], failed)
+    module.exit_json(changed=False, ok=not failed, checks=checks)
 
 
 if __name__ == "__main__":

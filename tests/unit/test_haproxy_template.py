@@ -36,6 +36,9 @@ DEFAULTS: dict[str, Any] = {
     "gateway_client_timeout": "1h",
     "gateway_server_timeout": "1h",
     "gateway_servers": [{"name": "node1", "address": "127.0.0.1", "port": 8001}],
+    "gateway_edges": False,
+    "__gateway_to_edges": "",
+    "__gateway_own_address": [],
     "__gateway_key_digests": [hashlib.sha256(KEY.encode()).hexdigest()],
     "__gateway_certificate_digest": "",
 }
@@ -44,13 +47,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "keys": {},
     "open": {"gateway_auth": "none"},
     "tls": {"gateway_tls_certificate_file": "x", "__gateway_certificate_digest": "0" * 64},
-    "several servers": {"gateway_servers": THREE},
+    "a gateway": {"gateway_servers": THREE, "gateway_edges": True},
     "every address": {"gateway_bind_address": "::"},
     "one address": {"gateway_bind_address": "127.0.0.1"},
     "all at once": {
         "gateway_auth": "none",
         "gateway_tls_certificate_file": "x",
         "gateway_servers": THREE,
+        "gateway_edges": True,
+        "__gateway_to_edges": " ssl verify none",
         "__gateway_certificate_digest": "0" * 64,
     },
 }
@@ -118,10 +123,11 @@ def test_haproxy_takes_every_variant(tmp_path: Path, variant: str) -> None:
 
 
 def test_variants_differ_where_they_should() -> None:
-    plain, several = template("haproxy.cfg.j2"), template("haproxy.cfg.j2", **VARIANTS["several servers"])
+    plain, several = template("haproxy.cfg.j2"), template("haproxy.cfg.j2", **VARIANTS["a gateway"])
     opened, tls = template("haproxy.cfg.j2", **VARIANTS["open"]), template("haproxy.cfg.j2", **VARIANTS["tls"])
     assert "balance hash" in several and several.count("\n    server ") == 3
-    assert "balance" not in plain.replace("hash-balance", "") and plain.count("\n    server ") == 1
+    # The engine is there twice: in rotation, and for the checks of a rollout.
+    assert "balance" not in plain.replace("hash-balance", "") and plain.count("\n    server ") == 2
     assert "deny_status 401" in plain and "deny_status 401" not in opened and "deny_status 403" in opened
     assert " ssl crt " in tls and " ssl crt " not in plain
 
@@ -148,6 +154,7 @@ class Engine(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), EngineHandler)
         self.requests: list[tuple[str, str, dict[str, str], int]] = []
         self.client_left = threading.Event()
+        self.refuses = False  # as a node's edge does that has no engine
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def asked(self) -> list[tuple[str, str, dict[str, str], int]]:
@@ -168,7 +175,11 @@ class EngineHandler(BaseHTTPRequestHandler):
         size = len(self.rfile.read(int(self.headers.get("Content-Length", 0))))
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.server.requests.append((self.command, self.path, headers, size))
-        if self.path == "/v1/stream":
+        if self.server.refuses and self.path != "/health":
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif self.path == "/v1/stream":
             self.stream()
         elif self.path == "/v1/slow":
             self.slow()
@@ -385,6 +396,27 @@ def test_health_needs_no_key_and_is_answered_by_the_edge(edge: Edge) -> None:
     assert edge.ask("/health")[:2] == (200, {"status": "ok"})
 
 
+def test_a_node_out_of_rotation_takes_the_checks_of_a_rollout_alone(edge: Edge) -> None:
+    edge.admin("set server engines/node0 state drain")
+    assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 503
+    assert edge.ask("/health")[0] == 503
+    unrotated = {"X-Glm-Unrotated": "1"}
+    wait_until(lambda: edge.ask("/health", unrotated)[0] == 200, "the engine to be up")
+    assert edge.ask("/v1/models", {"x-api-key": KEY, **unrotated})[0] == 200
+    assert edge.ask("/v1/models", unrotated)[0] == 401
+    assert "x-glm-unrotated" not in edge.engine.asked()[-1][2]
+
+
+def test_a_gateway_asks_another_node_where_one_has_no_engine(start: Callable[..., Edge]) -> None:
+    edge = start(engines=2, gateway_edges=True)
+    edge.engines[0].refuses = True
+    answers = [edge.ask("/v1/models", {"x-api-key": KEY}) for _ in range(20)]
+    assert {status for status, _, _ in answers} == {200}
+    assert {answer["X-Glm-Node"] for _, _, answer in answers} == {"node1"}
+    # The node's own edge asks for the key again.
+    assert edge.engines[1].asked()[0][2]["x-api-key"] == KEY
+
+
 def test_an_engine_that_is_down_gives_503_with_a_time_to_come_back(start: Callable[..., Edge]) -> None:
     edge = start()
     edge.engine.shutdown()
@@ -440,7 +472,7 @@ def test_tls(start: Callable[..., Edge]) -> None:
 
 @pytest.mark.parametrize("header", ["X-Claude-Code-Session-Id", "session-id", "x-session-id"])
 def test_a_session_stays_on_its_node_and_many_spread(start: Callable[..., Edge], header: str) -> None:
-    edge = start(engines=3)
+    edge = start(engines=3, gateway_edges=True)
     for _ in range(3):
         for session in range(30):
             edge.ask(f"/v1/{session}", {"x-api-key": KEY, header: f"session-{session}"})
@@ -456,7 +488,7 @@ def test_a_session_stays_on_its_node_and_many_spread(start: Callable[..., Edge],
 
 
 def test_a_reload_keeps_what_was_drained_and_takes_new_keys_without_a_cut(start: Callable[..., Edge]) -> None:
-    edge = start(engines=2)
+    edge = start(engines=2, gateway_edges=True)
     edge.admin("set server engines/node1 state drain")
     stream = edge.connect()
     stream.request("POST", "/v1/stream", b"{}", {"x-api-key": KEY})

@@ -224,6 +224,7 @@ class Node:
             "container": "glm-engine",
             "image_digest": DIGEST,
             "gpu_count": 8,
+            "headers": {},
             "timeout": 5,
             "ready_timeout": 1,
         }

@@ -1,0 +1,74 @@
+"""Action plugin: who asks for the lock, and whether the one who holds it is still alive."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from ansible.plugins.action import ActionBase
+
+
+def boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()  # a controller without /proc
+
+
+def begun(pid: int) -> str:
+    """When a process began, as the kernel counts; empty where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def owner() -> dict[str, Any]:
+    """The process of ansible-playbook, whose worker this is."""
+    pid = os.getppid()
+    return {
+        "user": getpass.getuser(),
+        "host": socket.gethostname(),
+        "boot": boot_id(),
+        "pid": pid,
+        "begun": begun(pid),
+    }
+
+
+def is_gone(holder: dict[str, Any]) -> bool:
+    """Whether the holder is a process of this machine that is there no more."""
+    return holder.get("boot") == boot_id() and begun(int(holder["pid"])) != holder.get("begun")
+
+
+class ActionModule(ActionBase):  # type: ignore[misc]
+    """Calls the module of this name, a second time where the holder is gone."""
+
+    def run(self, tmp: Any = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        args = dict(self._task.args)
+        forced = bool(args.pop("break", False))
+        wish = {**args, "owner": owner(), "instead_of": "any" if forced else ""}
+        answer = self._execute_module(module_name="rollout_lock", module_args=wish, task_vars=task_vars)
+        holder = answer.get("holder") or {}
+        if not answer.get("failed") and not answer.get("mine", True) and is_gone(holder):
+            wish["instead_of"] = holder["token"]
+            answer = self._execute_module(module_name="rollout_lock", module_args=wish, task_vars=task_vars)
+            holder = answer.get("holder") or {}
+        result.update(answer)
+        if not answer.get("failed") and not answer.get("mine", True) and wish.get("state", "held") == "held":
+            since, expires = (
+                time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(holder[key])) for key in ("since", "expires")
+            )
+            result.update(
+                failed=True,
+                msg=(
+                    f"another rollout holds the lock: {holder['user']} on {holder['host']} (process {holder['pid']}), "
+                    f"since {since}, until {expires} at the latest: wait for it, or, if it is certainly gone, run "
+                    "again with -e glm_rollout_break_lock=true"
+                ),
+            )
+        return result

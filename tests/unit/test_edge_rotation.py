@@ -1,0 +1,63 @@
+"""Taking servers of a real HAProxy out of rotation and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from haproxy import HAProxy, Unavailable
+from test_haproxy_template import KEY, Edge, wait_until
+
+
+@pytest.fixture
+def edge(tmp_path: Path) -> Iterator[Edge]:
+    running = Edge(tmp_path, engines=2, gateway_edges=True)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def haproxy(edge: Edge) -> HAProxy:
+    return HAProxy(str(edge.directory / "haproxy/admin.sock"))
+
+
+def nodes(edge: Edge, requests: int = 20) -> set[str]:
+    """Which nodes answer."""
+    return {edge.ask("/v1/models", {"x-api-key": KEY})[2]["X-Glm-Node"] for _ in range(requests)}
+
+
+def test_a_server_that_is_out_takes_no_request(edge: Edge, haproxy: HAProxy) -> None:
+    assert nodes(edge) == {"node0", "node1"}
+    haproxy.rotate("node0", "out")
+    assert nodes(edge) == {"node1"}
+    servers = haproxy.servers()
+    assert {name: server["rotation"] for name, server in servers.items()} == {"node0": "out", "node1": "in"}
+    assert all(server["up"] for server in servers.values())
+    haproxy.rotate("node0", "in")
+    assert nodes(edge) == {"node0", "node1"}
+
+
+def test_a_stream_goes_on_and_is_counted(edge: Edge, haproxy: HAProxy) -> None:
+    haproxy.rotate("node1", "out")
+    connection = edge.connect()
+    connection.request("POST", "/v1/stream", b"{}", {"x-api-key": KEY})
+    answer = connection.getresponse()
+    haproxy.rotate("node0", "out")
+    assert haproxy.servers()["node0"]["sessions"] == 1
+    assert answer.read().count(b"data:") == 5
+    wait_until(lambda: haproxy.servers()["node0"]["sessions"] == 0, "the stream to be counted off")
+
+
+def test_an_unknown_server_is_refused(haproxy: HAProxy) -> None:
+    with pytest.raises(Unavailable, match="refuses to take nobody out: No such server"):
+        haproxy.rotate("nobody", "out")
+
+
+def test_no_haproxy_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match=r"HAProxy does not answer at .*: No such file or directory"):
+        HAProxy(str(tmp_path / "none")).servers()
+
+
+def test_a_backend_that_is_not_there_has_no_server(edge: Edge, haproxy: HAProxy) -> None:
+    assert HAProxy(haproxy.path, "nothing").servers() == {}
