@@ -6,15 +6,25 @@ Runs within the image. Exit status 3: this release has its parser elsewhere, and
 import sys
 
 try:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    except ImportError:  # before August 2026
+        from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
+    try:
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+    except ImportError:
+        from vllm.utils import FlexibleArgumentParser
 
     parser = make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))
 except Exception as problem:
     print(problem, file=sys.stderr)
     sys.exit(3)
 arguments = parser.parse_args(sys.argv[1:])
+arguments.chat_template = None  # a file, perhaps of the weights, which are not here
 try:
     validate_parsed_serve_args(arguments)
-except (TypeError, ValueError) as problem:  # arguments that do not go together
+except Exception as problem:  # arguments that do not go together
+    if not isinstance(problem, (TypeError, ValueError)) and type(problem).__name__ != "VLLMValidationError":
+        print(problem, file=sys.stderr)
+        sys.exit(3)
     parser.error(str(problem))

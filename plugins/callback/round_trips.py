@@ -36,11 +36,12 @@ def count_ssh_processes(log: str) -> None:
     run_task, start_process = TaskExecutor.run, ssh.Connection._bare_run
 
     def run(self: Any) -> Any:
-        current.update(host=str(self._task.delegate_to or self._host.name), task=self._task.get_name())
+        # A delegated task's host is known by its address alone, until a task of its own names it.
+        current.update(host="" if self._task.delegate_to else str(self._host.name), task=self._task.get_name())
         return run_task(self)
 
     def bare_run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        line = json.dumps([current["host"], current["task"]]) + "\n"
+        line = json.dumps([current["host"], self.host, current["task"]]) + "\n"
         descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
         try:
             os.write(descriptor, line.encode())  # one short write to the end of a file is not torn apart
@@ -53,9 +54,10 @@ def count_ssh_processes(log: str) -> None:
 
 def summarise(lines: list[str]) -> dict[str, dict[str, Any]]:
     tasks: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    for line in lines:
-        host, task = json.loads(line)
-        tasks[host][task] += 1
+    trips = [json.loads(line) for line in lines]
+    names = {address: host for host, address, _ in trips if host}
+    for host, address, task in trips:
+        tasks[host or names.get(address, address)][task] += 1
     return {
         host: {"round_trips": sum(counts.values()), "tasks": dict(counts.most_common())}
         for host, counts in sorted(tasks.items())

@@ -68,6 +68,21 @@ def benchmark_finding(result: dict[str, Any]) -> str:
     return ""
 
 
+def benchmark_regression(result: dict[str, Any], baseline: float | None, most: float) -> str:
+    """Why a node counts as too slow beside the others, in one line; empty where it does not."""
+    rate = result["output_tok_s"]
+    if not baseline or rate >= baseline * (1 - most):
+        return ""
+    return (
+        f"benchmark: {rate:.0f} output tokens a second, {1 - rate / baseline:.0%} fewer than the fleet's "
+        f"{baseline:.0f} (allowed {most:.0%}): see what differs on this node, or set glm_rollout_max_regression"
+    )
+
+
 class FilterModule:
     def filters(self) -> dict[str, Any]:
-        return {"benchmark_result": benchmark_result, "benchmark_finding": benchmark_finding}
+        return {
+            "benchmark_result": benchmark_result,
+            "benchmark_finding": benchmark_finding,
+            "benchmark_regression": benchmark_regression,
+        }

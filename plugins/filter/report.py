@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 SCHEMA = 1
@@ -57,6 +57,8 @@ def report_node(settings: Mapping[str, Any]) -> dict[str, Any]:
     entry: dict[str, Any] = {"ok": not reason}
     entry.update({name: str(settings.get(name) or "") for name in SETTINGS})
     outage = settings.get("outage")
+    if settings.get("down"):
+        entry["down"] = True
     entry["outage_s"] = None if outage in (None, "") else round(float(outage), 1)
     entry.update(reason=reason, checks=checks, benchmark=benchmark)
     return entry
@@ -116,7 +118,14 @@ def quantity(value: float | None, unit: str) -> str:
 def report_outage(node: Mapping[str, Any]) -> str:
     """How long the engine that served before the run did not during it."""
     seconds = node.get("outage_s")
+    if node.get("down"):
+        return "since its stop, and it is still down"
     return "no engine served before" if seconds is None else f"{seconds:,.1f} s" if seconds else "none"
+
+
+def report_interrupted(nodes: Mapping[str, Mapping[str, Any]], hosts: Iterable[str]) -> list[str]:
+    """The nodes of a run whose engine served before it, and not all through it."""
+    return [name for name in hosts if name in nodes and (nodes[name].get("outage_s") or nodes[name].get("down"))]
 
 
 def report_figures(benchmark: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -214,6 +223,7 @@ class FilterModule:
             "report_merge": report_merge,
             "report_node": report_node,
             "report_outage": report_outage,
+            "report_interrupted": report_interrupted,
             "report_plots": report_plots,
             "report_verdict": report_verdict,
             "workload_words": workload_words,

@@ -46,11 +46,21 @@ class Response:
 class Server:
     """One HTTP server; each request has a connection of its own."""
 
-    def __init__(self, url: str, timeout: float, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        timeout: float,
+        headers: dict[str, str] | None = None,
+        *,
+        own_name: bool = True,
+        ca_file: str = "",
+    ) -> None:
+        """`own_name`: the certificate need not name an address of this machine; `ca_file`: a further authority."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url!r} is not an http or https address")
         self.host, self.tls, self.timeout = parts.hostname, parts.scheme == "https", timeout
+        self.own_name, self.ca_file = own_name, ca_file
         self.headers = {"Content-Type": "application/json", **(headers or {})}
         self.port = parts.port or (443 if self.tls else 80)
 
@@ -58,7 +68,9 @@ class Server:
         if not self.tls:
             return http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
         context = ssl.create_default_context()
-        if is_own_address(self.host):  # the certificate is for the name that clients use
+        if self.ca_file:
+            context.load_verify_locations(self.ca_file)
+        if self.own_name and is_own_address(self.host):  # the certificate is for the name that clients use
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         return http.client.HTTPSConnection(self.host, self.port, timeout=self.timeout, context=context)
 

@@ -27,6 +27,7 @@ options:
     type: dict
     required: true
   timeout: {description: Seconds for one answer., type: int, default: 120}
+  ca_file: {description: 'Certificates of an authority to trust besides, in PEM.', type: path, default: ""}
 author: glm-fleet
 """
 
@@ -71,12 +72,13 @@ class Client:
     question_name: str
 
     def __init__(self, environment: dict[str, str], params: dict[str, Any]) -> None:
-        self.environment, self.timeout = environment, params["timeout"]
+        self.environment, self.timeout, self.ca_file = environment, params["timeout"], params["ca_file"]
         self.question: dict[str, Any] = params["questions"][self.question_name]
 
     def post(self, base_url: str, path: str, body: dict[str, Any], headers: dict[str, str]) -> Response:
         base = urlsplit(base_url)
-        answer = Server(base_url, self.timeout).request("POST", base.path.rstrip("/") + path, body, headers)
+        server = Server(base_url, self.timeout, own_name=False, ca_file=self.ca_file)
+        answer = server.request("POST", base.path.rstrip("/") + path, body, headers)
         need(answer, 200)
         return answer
 
@@ -196,6 +198,7 @@ def main() -> None:
             "clients": {"type": "dict", "required": True},  # the task that fills it in has no_log
             "questions": {"type": "dict", "required": True},
             "timeout": {"type": "int", "default": 120},
+            "ca_file": {"type": "path", "default": ""},
         },
         supports_check_mode=True,
         no_log=True,

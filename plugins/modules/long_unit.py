@@ -112,9 +112,12 @@ class Unit:
         try:
             _, stderr = client.communicate(timeout=self.follow["wait"])
         except subprocess.TimeoutExpired:
-            client.kill()  # the client only waits for the job, which goes on
-            client.communicate()
-            return self._report("running", self.show())
+            state = self.show()
+            if is_starting(state) or is_active(state) or has_job(state):
+                client.kill()  # the client only waits for the job, which goes on
+                client.communicate()
+                return self._report("running", state)
+            _, stderr = client.communicate()  # it has ended in this moment, and the client knows how
         if client.returncode:
             return self._failed(self.show(), stderr)
         return self._report("done", self.show())
@@ -143,7 +146,7 @@ class Unit:
             return "done"
         if state.get("ActiveState") == "failed":
             return "failed"
-        if state.get("Job", "0") not in ("", "0") or state.get("ActiveState") != "inactive":
+        if has_job(state) or state.get("ActiveState") != "inactive":
             return "running"
         return "done" if state.get("Type") == "oneshot" and known and self._finished(known) else "failed"
 
@@ -216,8 +219,12 @@ class Unit:
         }
 
 
+def has_job(state: dict[str, str]) -> bool:
+    return state.get("Job", "0") not in ("", "0")
+
+
 def is_active(state: dict[str, str]) -> bool:
-    return state.get("ActiveState") in ("active", "reloading") and state.get("Job", "0") in ("", "0")
+    return state.get("ActiveState") in ("active", "reloading") and not has_job(state)
 
 
 def is_starting(state: dict[str, str]) -> bool:

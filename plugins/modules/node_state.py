@@ -18,7 +18,7 @@ options:
       - In every other phase C(previous) is the release that was verified last.
     type: str
     required: true
-    choices: [stopping, starting, verifying, serving, rolling_back, failed]
+    choices: [draining, stopping, starting, verifying, serving, rolling_back, failed]
   release: {description: Id of the release that the phase is about; empty for none., type: str, default: ""}
   previous: {description: Id of the release to go back to; empty for none., type: str, default: ""}
   rollout_id: {description: Names the run., type: str, default: ""}
@@ -49,7 +49,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-PHASES = ["stopping", "starting", "verifying", "serving", "rolling_back", "failed"]
+PHASES = ["draining", "stopping", "starting", "verifying", "serving", "rolling_back", "failed"]
 COMPARED = ("phase", "release", "previous", "reason")
 
 

@@ -90,7 +90,7 @@ def attempt(endpoint: Endpoint, kind: str, **more: str) -> dict[str, Any]:
         },
     }[kind]
     client = {"kind": kind, "environment": {**environment, **more}}
-    result: dict[str, Any] = client_check.attempt(client, {"questions": QUESTIONS, "timeout": 5})
+    result: dict[str, Any] = client_check.attempt(client, {"questions": QUESTIONS, "timeout": 5, "ca_file": ""})
     assert KEY not in result["detail"] and "\n" not in result["detail"]
     return result
 
@@ -162,5 +162,5 @@ def test_claude_code_stream_that_breaks_off(endpoint: Endpoint) -> None:
 def test_nobody_there() -> None:
     environment = {"OPENAI_BASE_URL": "http://127.0.0.1:9/v1", "OPENAI_API_KEY": KEY, "OPENAI_MODEL": "glm"}
     client = {"kind": "openai", "environment": environment}
-    result = client_check.attempt(client, {"questions": QUESTIONS, "timeout": 2})
+    result = client_check.attempt(client, {"questions": QUESTIONS, "timeout": 2, "ca_file": ""})
     assert not result["ok"] and "/v1/chat/completions of 127.0.0.1:9: " in result["detail"]

@@ -81,8 +81,8 @@ def unit(systemd: Systemd, restart: bool = False, reload_units: bool = False, **
     return module.Unit(params, systemd, pause=0.0)
 
 
-def client(monkeypatch: pytest.MonkeyPatch, code: int | None, stderr: str = "") -> list[list[str]]:
-    """Stands for `systemctl start`; a code of None is one that still waits."""
+def client(monkeypatch: pytest.MonkeyPatch, code: int | None, stderr: str = "", late: bool = False) -> list[list[str]]:
+    """For `systemctl start`; a code of None is one that still waits, `late` one that ends just after the wait."""
     calls: list[list[str]] = []
 
     def popen(argv: list[str], **_: Any) -> Any:
@@ -90,7 +90,7 @@ def client(monkeypatch: pytest.MonkeyPatch, code: int | None, stderr: str = "") 
         rounds = iter(range(9))
 
         def communicate(timeout: float | None = None) -> tuple[None, str]:
-            if code is None and next(rounds) == 0:
+            if (late or code is None) and next(rounds) == 0:
                 raise subprocess.TimeoutExpired(argv, timeout or 0)
             return None, stderr
 
@@ -104,6 +104,15 @@ def test_a_short_run_ends_in_the_first_call(monkeypatch: pytest.MonkeyPatch) -> 
     calls = client(monkeypatch, 0)
     assert unit(Systemd([IDLE])).start()["phase"] == "done"
     assert calls == [["systemctl", "start", "x.service"]]
+
+
+@pytest.mark.parametrize(("code", "phase"), [(0, "done"), (1, "failed")])
+def test_a_run_that_ends_with_the_wait_is_judged_by_the_client(
+    monkeypatch: pytest.MonkeyPatch, code: int, phase: str
+) -> None:
+    """By then systemd has forgotten the unit: nobody else could say how it ended."""
+    client(monkeypatch, code, late=True)
+    assert unit(Systemd([IDLE])).start()["phase"] == phase
 
 
 def test_a_long_run_is_handed_on_and_then_watched(monkeypatch: pytest.MonkeyPatch) -> None:

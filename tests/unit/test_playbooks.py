@@ -11,6 +11,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAYBOOKS = [ROOT / "site.yml", *sorted((ROOT / "playbooks").glob("*.yml"))]
+TASKS = sorted((ROOT / "playbooks/tasks").glob("*.yml"))
 # They do not do what they say: with a rescue, with an unreachable node or in batches the run goes on, or healthy nodes
 # are cut off in the middle (ansible#86574).
 DECEPTIVE = {"max_fail_percentage", "any_errors_fatal", "ignore_errors", "ignore_unreachable", "strategy"}
@@ -26,7 +27,9 @@ def keys(node: Any) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "path", [*PLAYBOOKS, *sorted((ROOT / "roles").glob("*/tasks/*.yml"))], ids=lambda p: str(p.relative_to(ROOT))
+    "path",
+    [*PLAYBOOKS, *TASKS, *sorted((ROOT / "roles").glob("*/tasks/*.yml"))],
+    ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_no_keyword_is_used_that_does_not_do_what_it_says(path: Path) -> None:
     assert not keys(yaml.safe_load(path.read_text())) & DECEPTIVE
@@ -35,7 +38,7 @@ def test_no_keyword_is_used_that_does_not_do_what_it_says(path: Path) -> None:
 def test_settings_that_are_used_are_those_that_are_specified() -> None:
     spec = yaml.safe_load((ROOT / "roles/glm/meta/argument_specs.yml").read_text())
     known = set(spec["argument_specs"]["main"]["options"])
-    texts = [path.read_text() for path in [*PLAYBOOKS, ROOT / "playbooks/vars/roles.yml"]]
+    texts = [path.read_text() for path in [*PLAYBOOKS, *TASKS, ROOT / "playbooks/vars/roles.yml"]]
     texts += [path.read_text() for path in (ROOT / "roles/glm/tasks").glob("*.yml")]
     used = set(re.findall(r"(?<![\w-])glm_[a-z_]+", "\n".join(texts)))
     used -= {"glm_inventory", "glm_engine_", "glm_waves"}  # tags, and a group

@@ -218,3 +218,9 @@ def test_endpoints_of_all_kinds() -> None:
 )
 def test_quantities_read_well(value: float, unit: str, words: str) -> None:
     assert plugin.quantity(value, unit) == words
+
+
+def test_an_engine_that_is_down_is_said_so() -> None:
+    entry = plugin.report_node({**NODES["b200-1"], "outage": 0.0, "down": True})
+    assert plugin.report_outage(entry) == "since its stop, and it is still down"
+    assert plugin.report_interrupted({"b200-1": entry}, ["b200-1", "b200-2"]) == ["b200-1"]

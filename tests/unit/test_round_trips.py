@@ -1,13 +1,27 @@
 """round_trips: the figures that it makes of the workers' lines."""
 
+import json
+
 import round_trips
 
 
+def lines(*trips: tuple[str, str, str]) -> list[str]:
+    return [json.dumps(trip) + "\n" for trip in trips]
+
+
 def test_the_lines_become_figures_a_node_and_task() -> None:
-    lines = ['["n2", "Ping"]\n', '["n1", "Copy"]\n', '["n1", "Ping"]\n', '["n1", "Copy"]\n']
-    assert round_trips.summarise(lines) == {
+    trips = lines(("n2", "2", "Ping"), ("n1", "1", "Copy"), ("n1", "1", "Ping"), ("n1", "1", "Copy"))
+    assert round_trips.summarise(trips) == {
         "n1": {"round_trips": 3, "tasks": {"Copy": 2, "Ping": 1}},
         "n2": {"round_trips": 1, "tasks": {"Ping": 1}},
+    }
+
+
+def test_a_delegated_task_counts_for_the_host_that_it_goes_to() -> None:
+    trips = lines(("", "1", "Drain"), ("n1", "1", "Ping"), ("", "9", "Drain"))
+    assert round_trips.summarise(trips) == {
+        "n1": {"round_trips": 2, "tasks": {"Drain": 1, "Ping": 1}},
+        "9": {"round_trips": 1, "tasks": {"Drain": 1}},
     }
 
 

@@ -1,0 +1,150 @@
+"""What a rollout must know of the whole fleet before it changes anything."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+SHARE = re.compile(r"(\d+)%")
+SIZES = ("input_len", "output_len", "num_prompts", "max_concurrency")
+
+
+def wave_problems(waves: Any) -> list[str]:
+    """One line for each wave that makes no sense."""
+    if not isinstance(waves, Sequence) or isinstance(waves, str) or not waves:
+        return ['glm_rollout_waves: wanted a list such as [1, "10%", "25%"]']
+    return [
+        f"glm_rollout_waves: {wave!r} is no wave: write a count from 1 on, or a share from 1% to 100%"
+        for wave in waves
+        if size_of(wave, 100) is None
+    ]
+
+
+def size_of(wave: Any, total: int) -> int | None:
+    """Nodes of a wave, as Ansible reckons `serial`; None where it is neither a count nor a share."""
+    text = str(wave).strip()
+    share = SHARE.fullmatch(text)
+    if isinstance(wave, bool) or not (share or text.isdigit()):
+        return None
+    if share:
+        return max(1, int(int(share[1]) / 100 * total)) if 1 <= int(share[1]) <= 100 else None
+    return int(text) if int(text) >= 1 else None
+
+
+def batches(hosts: Sequence[str], waves: Iterable[Any]) -> list[list[str]]:
+    """The nodes of each wave; the last wave's size is that of all that follow."""
+    sizes = [size_of(wave, len(hosts)) or 1 for wave in waves]
+    result: list[list[str]] = []
+    rest = list(hosts)
+    while rest:
+        size = sizes[min(len(result), len(sizes) - 1)]
+        result.append(rest[:size])
+        rest = rest[size:]
+    return result
+
+
+def fewest_left(hosts: Sequence[str], waves: Iterable[Any], fleet: Mapping[str, Any]) -> str:
+    """Why the waves would leave too few nodes, in one line; empty where they do not.
+
+    `fleet` holds serving (names of the nodes that serve now), stopped (those that the run would stop),
+    min_available (a count or a share of total), total, and accept_downtime.
+    """
+    serving, stopped, total = set(fleet["serving"]), set(fleet["stopped"]), int(fleet["total"])
+    least = size_of(fleet["min_available"], total)
+    if least is None and str(fleet["min_available"]) not in ("0", "0%"):
+        return f"glm_rollout_min_available: {fleet['min_available']!r} is neither a count nor a share such as 75%"
+    least = least or 0
+    if fleet["accept_downtime"] or not serving & stopped:
+        return ""
+    for number, batch in enumerate(batches(hosts, waves)):
+        taken = serving & stopped & set(batch)
+        left = len(serving) - len(taken)
+        if taken and left < least:
+            return (
+                f"wave {number} stops {', '.join(sorted(taken))} and leaves {left} of {len(serving)} serving nodes "
+                f"(wanted at least {least}): set smaller glm_rollout_waves, or a lower glm_rollout_min_available, or "
+                "glm_accept_downtime: true"
+            )
+    return ""
+
+
+def serving_nodes(nodes: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The nodes whose engine runs a release that was verified."""
+    return [
+        node
+        for node in nodes
+        if (seen := hostvars[node].get("__preflight_node") or {})
+        and (seen.get("state") or {}).get("phase") == "serving"
+        and ((seen.get("units") or {}).get("glm-engine.service") or {}).get("active") == "active"
+    ]
+
+
+def strangers(edges: Mapping[str, Mapping[str, Any]], nodes: Iterable[str]) -> list[str]:
+    """One line for each node that a gateway offers and the inventory no longer has."""
+    known = set(nodes)
+    return [
+        f"{edge} offers the node {name}, which is not in the inventory: put it back, drain it "
+        f"(playbooks/drain.yml --limit '{name},gateways'), then take it out"
+        for edge, servers in edges.items()
+        for name, server in servers.items()
+        if name not in known and server["rotation"] == "in"
+    ]
+
+
+def edge_servers(
+    nodes: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]], port: int, setting: str
+) -> list[dict[str, Any]]:
+    """Name, address and port of each node's edge, as a gateway reaches it; `setting` names a host's own address."""
+    return [
+        {
+            "name": node,
+            "address": hostvars[node].get(setting) or hostvars[node].get("ansible_host") or node,
+            "port": port,
+        }
+        for node in nodes
+    ]
+
+
+def fleet_baseline(
+    measured: Mapping[str, Mapping[str, Any]], report: str, node: str, wanted: Mapping[str, Any]
+) -> float | None:
+    """Median tokens a second of the other nodes of this run, else of the fleet's last report; None without any.
+
+    `measured` are this run's benchmarks by node, `report` the text of the last report.json. `wanted` holds engine,
+    profile, model and workload: only what was measured alike is compared.
+    """
+    results = [result for name, result in measured.items() if name != node and result]
+    if not results:
+        try:
+            nodes = json.loads(report or "{}").get("nodes", {})
+        except ValueError:
+            nodes = {}
+        results = [
+            entry["benchmark"]
+            for entry in nodes.values()
+            if entry.get("ok")
+            and entry.get("benchmark")
+            and all(entry.get(name) == wanted[name] for name in ("engine", "profile", "model"))
+        ]
+    rates = [
+        result["output_tok_s"]
+        for result in results
+        if result.get("output_tok_s")
+        and all(result["workload"][size] == wanted["workload"].get(size) for size in SIZES)
+    ]
+    return median(rates) if rates else None
+
+
+class FilterModule:
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        return {
+            "wave_problems": wave_problems,
+            "fewest_left": fewest_left,
+            "serving_nodes": serving_nodes,
+            "strangers": strangers,
+            "edge_servers": edge_servers,
+            "fleet_baseline": fleet_baseline,
+        }

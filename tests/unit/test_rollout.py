@@ -1,0 +1,102 @@
+"""Which waves make sense, how many nodes they leave, and what a node's figures are compared with."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import rollout
+
+NODES = ["a", "b", "c", "d"]
+WORKLOAD = {"input_len": 1, "output_len": 2, "num_prompts": 3, "max_concurrency": 4}
+WANTED = {"engine": "vllm", "profile": "reference", "model": "m", "workload": WORKLOAD}
+
+
+@pytest.mark.parametrize("waves", [[1], [1, "10%", "25%"], ["100%"], [3, 1]])
+def test_waves_that_make_sense(waves: list[Any]) -> None:
+    assert rollout.wave_problems(waves) == []
+
+
+@pytest.mark.parametrize("wave", [0, -1, "0%", "101%", "half", "", 1.5, True, None])
+def test_waves_that_make_none(wave: Any) -> None:
+    (line,) = rollout.wave_problems([1, wave])
+    assert line.startswith(f"glm_rollout_waves: {wave!r} is no wave: ")
+
+
+@pytest.mark.parametrize("waves", [[], "1", None, 3])
+def test_waves_are_a_list(waves: Any) -> None:
+    assert rollout.wave_problems(waves) == ['glm_rollout_waves: wanted a list such as [1, "10%", "25%"]']
+
+
+def test_batches_are_ansibles() -> None:
+    assert rollout.batches(NODES, [1, "50%"]) == [["a"], ["b", "c"], ["d"]]
+    assert rollout.batches(NODES, [1, "10%"]) == [["a"], ["b"], ["c"], ["d"]]
+    assert rollout.batches([], [1]) == []
+
+
+def left(waves: list[Any], **changes: Any) -> str:
+    fleet = {"serving": NODES, "stopped": NODES, "min_available": 1, "total": 4, "accept_downtime": False, **changes}
+    return rollout.fewest_left(NODES, waves, fleet)
+
+
+def test_enough_nodes_are_left() -> None:
+    assert left([1, "25%"]) == ""
+    assert left([3], min_available=1) == ""
+    assert left([1], min_available="75%") == ""
+
+
+def test_too_few_are_left() -> None:
+    assert left([1, 3], min_available=2).startswith(
+        "wave 1 stops b, c, d and leaves 1 of 4 serving nodes (wanted at least 2): set smaller glm_rollout_waves"
+    )
+    assert left([1], serving=["b"]).startswith("wave 1 stops b and leaves 0 of 1 serving nodes")
+
+
+def test_what_is_not_stopped_or_does_not_serve_is_not_missed() -> None:
+    assert left([4], stopped=[]) == ""
+    assert left([4], serving=[]) == ""
+    assert left([4], accept_downtime=True) == ""
+    assert left([4], min_available=0) == ""
+
+
+def test_a_minimum_that_is_none() -> None:
+    assert left([1], min_available="most") == (
+        "glm_rollout_min_available: 'most' is neither a count nor a share such as 75%"
+    )
+
+
+def test_a_node_that_left_the_inventory_in_rotation() -> None:
+    edges = {"gw": {"a": {"rotation": "in"}, "x": {"rotation": "in"}, "y": {"rotation": "out"}}}
+    (line,) = rollout.strangers(edges, NODES)
+    assert line.startswith("gw offers the node x, which is not in the inventory: put it back, drain it")
+
+
+def result(rate: float | None, **workload: int) -> dict[str, Any]:
+    return {"output_tok_s": rate, "workload": {**WORKLOAD, "seed": 1, **workload}}
+
+
+def entry(rate: float, **changes: Any) -> dict[str, Any]:
+    return {"ok": True, "engine": "vllm", "profile": "reference", "model": "m", "benchmark": result(rate), **changes}
+
+
+def test_the_baseline_is_the_median_of_this_runs_other_nodes() -> None:
+    measured = {"a": result(100), "b": result(300), "c": result(200), "d": result(1)}
+    assert rollout.fleet_baseline(measured, "", "d", WANTED) == 200
+
+
+def test_the_first_node_is_compared_with_the_last_report() -> None:
+    nodes = {
+        "a": entry(100),
+        "b": entry(120),
+        "c": entry(500, ok=False),
+        "d": entry(500, profile="recipe"),
+        "e": entry(500, benchmark=None),
+        "f": entry(500, benchmark=result(500, input_len=9)),
+    }
+    assert rollout.fleet_baseline({"a": {}}, json.dumps({"nodes": nodes}), "a", WANTED) == 110
+
+
+@pytest.mark.parametrize("report", ["", "{", "{}"])
+def test_there_may_be_none(report: str) -> None:
+    assert rollout.fleet_baseline({"a": result(None)}, report, "b", WANTED) is None
