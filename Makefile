@@ -76,6 +76,10 @@ test: venv engine programs ## Everything that proves the project on one machine
 refusals: venv engine ## Bad input and faults on one node: each refused in one line, or undone
 	@tests/run refusals
 
+.PHONY: fleet
+fleet: venv engine ## Rollouts over two gateways and three nodes in use: nothing may be dropped
+	@tests/run fleet
+
 .PHONY: driver
 driver: venv engine ## Install, adopt and replace the driver on nodes of five kinds; bad input and faults
 	@tests/run driver driver-refusals driver-packages

@@ -87,7 +87,7 @@ def strangers(edges: Mapping[str, Mapping[str, Any]], nodes: Iterable[str]) -> l
     known = set(nodes)
     return [
         f"{edge} offers the node {name}, which is not in the inventory: put it back, drain it "
-        f"(playbooks/drain.yml --limit '{name},gateways'), then take it out"
+        f"(playbooks/drain.yml --limit {name}), then take it out"
         for edge, servers in edges.items()
         for name, server in servers.items()
         if name not in known and server["rotation"] == "in"
@@ -138,6 +138,56 @@ def fleet_baseline(
     return median(rates) if rates else None
 
 
+def fleet_status(
+    nodes: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]], gateways: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """What is known of each node, with `rotation`: in, out, or what its edges say where they disagree."""
+    result = {}
+    for node in nodes:
+        seen = dict(hostvars[node].get("__status_node") or {"phase": "not reached"})
+        own = seen.pop("edge", None)
+        edges = {gateway: (hostvars[gateway].get("__gateway_seen") or {}).get("servers") for gateway in gateways}
+        words = []
+        for servers in edges.values() if gateways else [own]:
+            server = (servers or {}).get(node)
+            words.append("unknown" if server is None else server["rotation"] if server["up"] else "down")
+        seen["rotation"] = words[0] if len(set(words)) == 1 else ", ".join(words)
+        result[node] = seen
+    return result
+
+
+COLUMNS = {
+    "node": "",
+    "rotation": "rotation",
+    "phase": "phase",
+    "release": "release",
+    "engine": "engine",
+    "image": "image_digest",
+    "weights": "model_revision",
+    "driver": "driver",
+    "in flight": "in_flight",
+    "verified": "verified",
+}
+
+
+def status_table(status: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line a node, then the reason of each that has one."""
+    rows = [list(COLUMNS)]
+    for node, seen in status.items():
+        rows.append([node] + [_cell(name, seen.get(name)) for name in list(COLUMNS.values())[1:]])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join(lines + [f"{node}: {seen['reason']}" for node, seen in status.items() if seen.get("reason")])
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if name == "verified":
+        return str(value["time"]) if value["ok"] else f"{value['time']} FAILED {', '.join(value['failed'])}"
+    return str(value).removeprefix("sha256:")[:12] if name in ("image_digest", "model_revision") else str(value)
+
+
 class FilterModule:
     def filters(self) -> dict[str, Callable[..., Any]]:
         return {
@@ -147,4 +197,6 @@ class FilterModule:
             "strangers": strangers,
             "edge_servers": edge_servers,
             "fleet_baseline": fleet_baseline,
+            "fleet_status": fleet_status,
+            "status_table": status_table,
         }

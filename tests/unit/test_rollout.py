@@ -100,3 +100,74 @@ def test_the_first_node_is_compared_with_the_last_report() -> None:
 @pytest.mark.parametrize("report", ["", "{", "{}"])
 def test_there_may_be_none(report: str) -> None:
     assert rollout.fleet_baseline({"a": result(None)}, report, "b", WANTED) is None
+
+
+SERVES = {
+    "phase": "serving",
+    "release": "0123456789ab",
+    "engine": "vllm",
+    "image_digest": "sha256:" + "d" * 64,
+    "model_revision": "e" * 40,
+    "driver": "570.211.01",
+    "in_flight": 3,
+    "verified": {"time": "2026-07-01T10:00:00Z", "ok": True, "failed": []},
+    "reason": None,
+}
+
+
+def server(rotation: str = "in", up: bool = True) -> dict[str, Any]:
+    return {"rotation": rotation, "up": up, "sessions": 0}
+
+
+def test_the_status_is_what_every_gateway_says() -> None:
+    hostvars: dict[str, dict[str, Any]] = {
+        "gw1": {"__gateway_seen": {"servers": {"a": server(), "b": server("out"), "c": server(up=False)}}},
+        "gw2": {"__gateway_seen": {"servers": {"a": server(), "b": server()}}},
+        "a": {"__status_node": SERVES},
+        "b": {"__status_node": SERVES},
+        "c": {},
+    }
+    status = rollout.fleet_status(["a", "b", "c"], hostvars, ["gw1", "gw2"])
+    assert {name: seen["rotation"] for name, seen in status.items()} == {
+        "a": "in",
+        "b": "out, in",
+        "c": "down, unknown",
+    }
+    assert status["c"]["phase"] == "not reached"
+
+
+def test_the_status_without_gateways_is_the_nodes_own_edge() -> None:
+    hostvars = {"a": {"__status_node": {**SERVES, "edge": {"a": server("out")}}}}
+    assert rollout.fleet_status(["a"], hostvars, [])["a"] == {**SERVES, "rotation": "out"}
+
+
+def test_the_table_has_a_line_a_node_and_the_reasons() -> None:
+    wrong = {**SERVES, "reason": "release x failed", "verified": {"time": "T", "ok": False, "failed": ["sum"]}}
+    table = rollout.status_table({"a": {**SERVES, "rotation": "in"}, "b": wrong, "c": {"phase": "not reached"}})
+    head, a, b, c, reason = table.splitlines()
+    assert head.split("  ")[0] == "node"
+    assert a.split() == [
+        *("a", "in", "serving", "0123456789ab", "vllm", "d" * 12, "e" * 12, "570.211.01", "3", "2026-07-01T10:00:00Z")
+    ]
+    assert b.endswith("T FAILED sum")
+    assert c.split()[:4] == ["c", "-", "not", "reached"]
+    assert reason == "b: release x failed"
+
+
+def test_a_gateways_servers() -> None:
+    hostvars: dict[str, dict[str, Any]] = {"a": {"ansible_host": "1"}, "b": {"ansible_host": "2", "x": "10"}, "c": {}}
+    servers = rollout.edge_servers(["a", "b", "c"], hostvars, 8000, "x")
+    assert [(one["name"], one["address"], one["port"]) for one in servers] == [
+        ("a", "1", 8000),
+        ("b", "10", 8000),
+        ("c", "c", 8000),
+    ]
+
+
+def test_what_serves_now() -> None:
+    def node(phase: str, active: str) -> dict[str, Any]:
+        units = {"glm-engine.service": {"active": active}}
+        return {"__preflight_node": {"state": {"phase": phase}, "units": units}}
+
+    hostvars = {"a": node("serving", "active"), "b": node("failed", "active"), "c": node("serving", "failed"), "d": {}}
+    assert rollout.serving_nodes(["a", "b", "c", "d"], hostvars) == ["a"]

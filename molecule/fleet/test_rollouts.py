@@ -1,0 +1,227 @@
+"""Rollouts over a fleet in use: not one accepted request fails or is cut."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import GATEWAYS, INVENTORY, NODES, Fleet
+from testbed import ROOT, Run
+
+# Of the engines' own times to stop and to start.
+BUDGET = 1.15
+
+
+def engine_seconds(fleet: Fleet) -> float:
+    """What the engines took by themselves: by systemd, from each one's stop to the end of its next start."""
+    total = 0.0
+    for node in NODES:
+        command = (
+            "systemctl show glm-engine --property ActiveExitTimestampMonotonic --property ActiveEnterTimestampMonotonic"
+        )
+        times = dict(line.split("=") for line in fleet.run(node, command).splitlines())
+        total += (int(times["ActiveEnterTimestampMonotonic"]) - int(times["ActiveExitTimestampMonotonic"])) / 1e6
+    return total
+
+
+def node_of(fleet: Fleet, session: str, gateway: str) -> str:
+    """Where a session is answered."""
+    body = {"model": "glm-5.2-fp8", "messages": [{"role": "user", "content": "hello"}]}
+    request = urllib.request.Request(
+        f"{GATEWAYS[gateway]}/v1/chat/completions",
+        data=json.dumps(body).encode(),
+        headers={
+            "Authorization": f"Bearer {fleet.key()}",
+            "Content-Type": "application/json",
+            "X-Claude-Code-Session-Id": session,
+        },
+    )
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
+        return str(answer.headers["X-Glm-Node"])
+
+
+def homes(fleet: Fleet, gateway: str = "fleet-gateway-1") -> dict[str, str]:
+    """Of 40 sessions, one after the other."""
+    return {f"session-{number}": node_of(fleet, f"session-{number}", gateway) for number in range(40)}
+
+
+def test_a_second_run_changes_nothing(fleet: Fleet, first: str) -> None:
+    run = fleet.play(seconds=200)
+    assert (run.code, run.recap("changed")) == (0, 0), run.messages
+    assert fleet.all_in()
+
+
+def test_check_mode_changes_nothing(fleet: Fleet, first: str) -> None:
+    engines = [fleet.engine(node) for node in NODES]
+    run = fleet.play("--check", "--diff", seconds=200, light_release="look")
+    assert run.code == 0, run.messages
+    assert [fleet.engine(node) for node in NODES] == engines
+    assert fleet.all_in()
+
+
+def test_sessions_leave_a_drained_node_alone_and_come_home(fleet: Fleet, first: str) -> None:
+    before = homes(fleet)
+    assert set(before.values()) == set(NODES)
+    assert homes(fleet, "fleet-gateway-2") == before, "the gateways disagree"
+    run = fleet.play("--limit", "fleet-2", playbook="playbooks/drain.yml")
+    assert run.code == 0, run.messages
+    drained = homes(fleet)
+    assert {session: node for session, node in before.items() if node != "fleet-2"} == {
+        session: node for session, node in drained.items() if before[session] != "fleet-2"
+    }
+    assert "fleet-2" not in drained.values()
+    run = fleet.play("--limit", "fleet-2", playbook="playbooks/undrain.yml")
+    assert run.code == 0, run.messages
+    assert homes(fleet) == before
+
+
+def test_rolling_upgrade(fleet: Fleet, load: None) -> None:
+    """With a time to load that is still far below a real engine's."""
+    before = set(fleet.releases())
+    began = time.monotonic()
+    run = fleet.play(seconds=560, light_release="2", light_load_seconds="60")
+    wall = time.monotonic() - began
+    assert run.code == 0, run.messages
+    assert len(set(fleet.releases())) == 1 and set(fleet.releases()) != before
+    assert fleet.all_in()
+    own = engine_seconds(fleet)
+    fleet.say(
+        f"rolling upgrade of 3 nodes: {wall:.0f} s, the engines' own stops and starts {own:.0f} s: {wall / own:.2f}"
+    )
+    assert wall <= BUDGET * own
+
+
+def test_rollback_goes_to_the_release_before(fleet: Fleet, load: None, first: str) -> None:
+    run = fleet.play(seconds=400, playbook="playbooks/rollback.yml")
+    assert run.code == 0, run.messages
+    assert fleet.releases() == [first] * 3
+    assert fleet.all_in()
+
+
+def test_a_canary_that_fails_halts_the_rollout(fleet: Fleet, load: None, first: str) -> None:
+    others = [fleet.engine(node) for node in NODES[1:]]
+    settings = {"LIGHT_FAULT": "exit-at-once", "LIGHT_TOKEN_SECONDS": "0.05"}
+    run = fleet.play(seconds=300, glm_engine_extra_env=settings)
+    assert run.code != 0
+    assert re.fullmatch(
+        rf"fleet-1: release [0-9a-f]{{12}} failed: glm-engine\.service: .*; release {first} serves again",
+        run.messages[-1],
+    ), run.messages
+    assert fleet.releases() == [first] * 3
+    assert [fleet.engine(node) for node in NODES[1:]] == others, "another node was touched"
+    assert fleet.all_in()
+    assert fleet.state("fleet-1")["reason"]
+
+
+PHASES = ("Let its requests end", "Point to the release", "Verify what it serves", "Put the node into rotation")
+
+
+@pytest.mark.parametrize("task", PHASES)
+def test_the_controller_is_killed_and_the_run_begun_again(fleet: Fleet, load: None, task: str) -> None:
+    settings = json.dumps({"light_release": f"killed {task}"})
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
+    command = [f"{ROOT}/.venv/bin/ansible-playbook", "site.yml", "-i", str(INVENTORY), "-e", settings]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout
+    seen = any(task in line for line in process.stdout)
+    assert seen, f"the run ended before {task}"
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    run = fleet.play(seconds=400, light_release=f"killed {task}")
+    assert run.code == 0, run.messages
+    assert len(set(fleet.releases())) == 1
+    assert fleet.all_in()
+    assert {fleet.state(node)["phase"] for node in NODES} == {"serving"}
+
+
+# --- bad input: one line, nothing changed ---
+
+CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
+    "waves that make no sense": (
+        (),
+        {"glm_rollout_waves": [0]},
+        "glm_rollout_waves: 0 is no wave: write a count from 1 on, or a share from 1% to 100%",
+    ),
+    "too few nodes left": (
+        (),
+        {"light_release": "x", "glm_rollout_waves": ["100%"], "glm_rollout_min_available": 2},
+        "Nothing was changed: wave 0 stops fleet-1, fleet-2, fleet-3 and leaves 0 of 3 serving nodes",
+    ),
+    "a gateway left out": (
+        ("--limit", "fleet-1,fleet-gateway-1"),
+        {"light_release": "x"},
+        "Nothing was changed: the gateway fleet-gateway-2 was not reached: every gateway takes part in a rollout: "
+        "add it to --limit",
+    ),
+    "a release that is not there": (
+        (),
+        {"playbook": "playbooks/rollback.yml", "glm_release": "0123456789ab"},
+        "fleet-1: there is no release 0123456789ab here (found ",
+    ),
+}
+
+
+def one_line(run: Run, line: str) -> bool:
+    return any(line in text for message in run.messages for text in message.splitlines())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused(name: str, fleet: Fleet, first: str) -> None:
+    arguments, settings, line = CASES[name]
+    engines = [fleet.engine(node) for node in NODES]
+    run = fleet.play(*arguments, seconds=120, **settings)
+    assert run.code != 0
+    assert one_line(run, line), run.messages
+    assert run.recap("changed") == 0
+    assert [fleet.engine(node) for node in NODES] == engines
+    assert fleet.all_in()
+
+
+def test_a_gateway_that_is_down_is_refused(fleet: Fleet, first: str) -> None:
+    engines = [fleet.engine(node) for node in NODES]
+    fleet.run("fleet-gateway-2", "systemctl stop ssh.socket ssh.service", check=False)
+    try:
+        run = fleet.play(seconds=120, light_release="x")
+    finally:
+        fleet.run("fleet-gateway-2", "systemctl start ssh.service")
+    assert run.code != 0
+    assert one_line(run, "Nothing was changed: the gateway fleet-gateway-2 was not reached"), run.messages
+    assert [fleet.engine(node) for node in NODES] == engines
+
+
+def test_a_lock_of_another_machine_is_respected_until_it_is_broken(fleet: Fleet, first: str) -> None:
+    lock = {
+        "user": "alice", "host": "other", "boot": "b", "pid": 7, "begun": "1", "token": "alice/other/b/7/1",
+        "since": time.time() - 60, "expires": time.time() + 3600,
+    }  # fmt: skip
+    fleet.run("fleet-gateway-1", f"cat > /var/lib/glm/rollout.lock <<'END'\n{json.dumps(lock)}\nEND")
+    run = fleet.play(seconds=120, light_release="x")
+    assert run.code != 0
+    assert one_line(run, "another rollout holds the lock: alice on other (process 7), since "), run.messages
+    assert run.recap("changed") == 0
+    run = fleet.play(seconds=300, glm_rollout_break_lock=True)
+    assert run.code == 0, run.messages
+    assert fleet.run("fleet-gateway-1", "ls /var/lib/glm/rollout.lock", check=False) == ""
+
+
+def test_a_node_that_left_the_inventory_must_be_drained(fleet: Fleet, first: str, tmp_path: Path) -> None:
+    hosts = (INVENTORY / "hosts.yml").read_text()
+    (tmp_path / "hosts.yml").write_text(hosts.replace("        fleet-3: {ansible_host: 198.18.71.12}\n", ""))
+    for name in ("group_vars", "keys"):
+        (tmp_path / name).symlink_to(INVENTORY / name)
+    run = fleet.play(seconds=120, inventory=tmp_path)
+    assert run.code != 0
+    assert one_line(run, "offers the node fleet-3, which is not in the inventory"), run.messages
+    assert fleet.all_in()
