@@ -76,6 +76,8 @@ def main() -> None:
         servers = edge.servers()
         if not name or not rotation:
             module.exit_json(changed=False, servers=servers, settled=True)
+        if name not in servers and module.check_mode:  # the run would have configured it before
+            module.exit_json(changed=True, servers=servers, settled=True)
         if name not in servers:
             known = ", ".join(servers) or "none"
             module.fail_json(msg=f"this edge has no server {name} (it has {known}): run site.yml to configure it")

@@ -76,7 +76,8 @@ def change(params: dict[str, Any], now: float, dry: bool) -> dict[str, Any]:
     path, token = params["path"], token_of(params["owner"])
     if dry:
         holder = read(path, now)
-        return {"holder": holder, "mine": not holder or holder["token"] == token}
+        free = not holder or holder["token"] == token or params["instead_of"] in ("any", holder["token"])
+        return {"holder": holder, "mine": free}
     os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
     with open(f"{path}.guard", "w", encoding="utf-8") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)

