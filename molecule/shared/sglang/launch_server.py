@@ -19,6 +19,7 @@ METRICS = {
     "vllm:num_requests_waiting": "sglang:num_queue_reqs",
     "vllm:generation_tokens": "sglang:generation_tokens",
     "vllm:prompt_tokens": "sglang:prompt_tokens",
+    "vllm:iteration_tokens_total_sum": "sglang:realtime_tokens_total",
 }
 # Flags that vLLM takes under the same name, besides those that are named below.
 PASSED = ("tool_call_parser", "reasoning_parser")

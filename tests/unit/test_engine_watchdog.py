@@ -1,0 +1,213 @@
+"""engine-watchdog against metrics and a `systemctl` of the test: what it restarts, and what it leaves alone."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "roles/inference_service/files/engine-watchdog"
+SYSTEMCTL = """#!/bin/sh
+cd "$HERE" || exit 1
+echo "$*" >> systemctl.log
+case "$1" in
+  show) cat unit ;;
+  try-restart) [ ! -e refuses ] || { echo "Job failed." >&2; exit 1; } ;;
+esac
+"""
+STATE = {"phase": "serving", "release": "r1", "previous": None, "rollout_id": "x", "since": "s", "reason": None}
+
+
+class Node:
+    """A directory with what the watchdog reads and writes, and the engine's metrics."""
+
+    def __init__(self, directory: Path, engine: str = "vllm") -> None:
+        self.directory = directory
+        self.names: dict[str, Any] = yaml.safe_load((ROOT / f"engines/{engine}.yml").read_text())["metrics"]
+        self.metrics: dict[str, float] | None = {}
+        node = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if node.metrics is None:
+                    return  # closes without an answer
+                self.send_response(200)
+                self.end_headers()
+                lines = [f'{name}{{engine="0"}} {value}' for name, value in node.metrics.items()]
+                self.wfile.write(("# TYPE x counter\n" + "\n".join(lines) + "\n").encode())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        for name in ("release", "data", "run"):
+            (directory / name).mkdir()
+        (directory / "systemctl").write_text(SYSTEMCTL)
+        (directory / "systemctl").chmod(0o755)
+        (directory / "release/release.json").write_text(
+            json.dumps(
+                {"id": "r1", "url": f"http://127.0.0.1:{self.server.server_port}", "metrics": self.names},
+            )
+        )
+        (directory / "data/state.json").write_text(json.dumps(STATE))
+        self.unit()
+
+    def unit(self, active: str = "active", invocation: str = "one") -> None:
+        (self.directory / "unit").write_text(f"ActiveState={active}\nInvocationID={invocation}\n")
+
+    def works(self, running: int = 0, waiting: int = 0, **progress: float) -> None:
+        """`progress` by the end of the metric's name."""
+        self.metrics = {self.names["running"]: running, self.names["waiting"]: waiting}
+        self.metrics |= {
+            name: next((value for end, value in progress.items() if end in name), 7.0)
+            for name in self.names["progress"]
+        }
+
+    def look(self, seconds: float = 0.0) -> subprocess.CompletedProcess[str]:
+        """One look; `seconds` is the time after which a standstill counts."""
+        return subprocess.run(
+            [PROGRAM, self.directory / "release", self.directory / "data", str(seconds)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={
+                **os.environ,
+                "PATH": f"{self.directory}:{os.environ['PATH']}",
+                "HERE": str(self.directory),
+                "RUNTIME_DIRECTORY": str(self.directory / "run"),
+            },
+        )
+
+    def restarts(self) -> int:
+        return (self.directory / "systemctl.log").read_text().count("try-restart glm-engine.service")
+
+    def data(self, name: str) -> dict[str, Any]:
+        return dict(json.loads((self.directory / "data" / name).read_text()))
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    node = Node(tmp_path)
+    yield node
+    node.server.shutdown()
+
+
+NEVER, AT_ONCE = 3600.0, 0.001
+
+
+@pytest.mark.parametrize("work", [{"running": 1}, {"waiting": 1}])
+def test_work_without_a_token_is_a_stall(node: Node, work: dict[str, int]) -> None:
+    node.works(**work)
+    node.look(NEVER)
+    assert node.restarts() == 0
+    done = node.look(AT_ONCE)
+    assert done.returncode == 0
+    assert node.restarts() == 1
+    said = f"{work.get('running', 0)} requests in work, {work.get('waiting', 0)} waiting, and no token for 0 s"
+    assert done.stdout.startswith(f"<4>glm: the engine is stalled: {said}: restarting it (restart 1 of this kind)\n")
+    assert (
+        node.data("watchdog.json").items() >= {"restarts": 1, "release": "r1", "reason": said, "serves": True}.items()
+    )
+    assert node.data("state.json")["reason"].endswith(said)
+    assert node.data("state.json") | {"reason": None} == STATE
+
+
+@pytest.mark.parametrize("metric", ["generation_tokens", "prompt_tokens", "kv_cache_usage"])
+def test_an_engine_whose_counters_move_is_left_alone(node: Node, metric: str) -> None:
+    """However long its answers take: a long prompt moves the cache's use alone."""
+    for step in range(3):
+        node.works(running=32, waiting=500, **{metric: step / 8})
+        node.look(AT_ONCE if step else NEVER)
+    # The last look began a new standstill, which is not over at once.
+    assert node.restarts() == 0
+
+
+def test_an_idle_engine_is_left_alone_and_its_standstill_does_not_count(node: Node) -> None:
+    node.works()
+    for _ in range(3):
+        node.look(AT_ONCE)
+    memory = json.loads((node.directory / "run/look.json").read_text())
+    node.works(running=1)
+    node.look(NEVER)
+    assert json.loads((node.directory / "run/look.json").read_text())["since"] == memory["since"]
+    assert node.restarts() == 0
+
+
+def test_metrics_that_do_not_answer_are_a_stall(node: Node) -> None:
+    node.works()
+    node.look(NEVER)
+    node.metrics = None
+    node.look(NEVER)
+    done = node.look(AT_ONCE)
+    assert "its metrics have not answered for 0 s" in done.stdout
+    assert node.restarts() == 1
+
+
+@pytest.mark.parametrize("active", ["activating", "deactivating", "inactive", "failed"])
+def test_an_engine_that_does_not_serve_is_left_to_systemd(node: Node, active: str) -> None:
+    node.works(running=1)
+    node.look(NEVER)
+    node.unit(active)
+    node.look(AT_ONCE)
+    assert node.restarts() == 0
+    assert not (node.directory / "run/look.json").exists()
+
+
+def test_a_new_start_begins_anew(node: Node) -> None:
+    node.works(running=1)
+    node.look(NEVER)
+    before = json.loads((node.directory / "run/look.json").read_text())["since"]
+    node.unit(invocation="two")
+    node.look(NEVER)
+    assert json.loads((node.directory / "run/look.json").read_text())["since"] > before
+
+
+def test_restarts_are_counted_and_one_that_fails_is_said_so(node: Node) -> None:
+    node.works(running=1)
+    node.look(NEVER)
+    node.look(AT_ONCE)
+    (node.directory / "refuses").touch()
+    done = node.look(AT_ONCE)
+    assert done.returncode == 1
+    assert "restart 2 of this kind" in done.stdout
+    assert "failed (1 requests in work" in done.stdout and done.stdout.endswith("Job failed.\n")
+    assert node.data("watchdog.json")["restarts"] == 2
+    assert node.data("watchdog.json")["serves"] is False
+    assert "see journalctl -u glm-engine" in node.data("state.json")["reason"]
+
+
+def test_a_rollout_keeps_its_own_reason(node: Node) -> None:
+    state = {**STATE, "phase": "draining"}
+    (node.directory / "data/state.json").write_text(json.dumps(state))
+    node.works(running=1)
+    node.look(NEVER)
+    node.look(AT_ONCE)
+    assert node.restarts() == 1
+    assert node.data("state.json") == state
+
+
+def test_a_release_without_metrics_is_left_alone(node: Node) -> None:
+    (node.directory / "release/release.json").write_text('{"id": "r0"}')
+    assert node.look(AT_ONCE).returncode == 0
+    assert node.restarts() == 0
+
+
+def test_sglang_counts_steps_not_ended_requests(tmp_path: Path) -> None:
+    """Its generation_tokens_total stands still for as long as one answer takes."""
+    node = Node(tmp_path, "sglang")
+    assert node.names["progress"] == ["sglang:realtime_tokens_total"]
+    for step in range(3):
+        node.works(running=1, realtime_tokens=float(step))
+        node.look(AT_ONCE if step else NEVER)
+    assert node.restarts() == 0
+    node.server.shutdown()
