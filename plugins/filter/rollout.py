@@ -166,6 +166,7 @@ COLUMNS = {
     "weights": "model_revision",
     "driver": "driver",
     "in flight": "in_flight",
+    "stalls": "stalls",
     "verified": "verified",
 }
 
@@ -185,6 +186,8 @@ def _cell(name: str, value: Any) -> str:
         return "-"
     if name == "verified":
         return str(value["time"]) if value["ok"] else f"{value['time']} FAILED {', '.join(value['failed'])}"
+    if name == "stalls":
+        return str(value["restarts"])
     return str(value).removeprefix("sha256:")[:12] if name in ("image_digest", "model_revision") else str(value)
 
 

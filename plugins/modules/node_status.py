@@ -32,7 +32,8 @@ RETURN = r"""
 status:
   description:
     - C(phase), C(since), C(reason), C(release), C(previous), C(engine), C(image), C(image_digest), C(model_revision),
-      C(driver), C(unit), C(in_flight), C(verified) (time, ok, failed) and C(edge) (servers of the node's own edge).
+      C(driver), C(unit), C(in_flight), C(verified) (time, ok, failed), C(stalls) (restarts, time and reason of the
+      last, by the watchdog) and C(edge) (servers of the node's own edge).
     - What is not known is null.
   type: dict
   returned: always
@@ -105,6 +106,7 @@ def status(params: dict[str, Any]) -> dict[str, Any]:
         "unit": unit_state(UNIT),
         "in_flight": None if None in counts else sum(counts),
         "verified": read_json(os.path.join(params["data_dir"], "verify.json")) or None,
+        "stalls": read_json(os.path.join(params["data_dir"], "watchdog.json")) or None,
         "edge": edge(params["socket"]),
     }
 

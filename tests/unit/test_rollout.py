@@ -110,6 +110,7 @@ SERVES = {
     "model_revision": "e" * 40,
     "driver": "570.211.01",
     "in_flight": 3,
+    "stalls": {"restarts": 2, "time": "T", "reason": "no token"},
     "verified": {"time": "2026-07-01T10:00:00Z", "ok": True, "failed": []},
     "reason": None,
 }
@@ -147,7 +148,8 @@ def test_the_table_has_a_line_a_node_and_the_reasons() -> None:
     head, a, b, c, reason = table.splitlines()
     assert head.split("  ")[0] == "node"
     assert a.split() == [
-        *("a", "in", "serving", "0123456789ab", "vllm", "d" * 12, "e" * 12, "570.211.01", "3", "2026-07-01T10:00:00Z")
+        *("a", "in", "serving", "0123456789ab", "vllm", "d" * 12, "e" * 12),
+        *("570.211.01", "3", "2", "2026-07-01T10:00:00Z"),
     ]
     assert b.endswith("T FAILED sum")
     assert c.split()[:4] == ["c", "-", "not", "reached"]

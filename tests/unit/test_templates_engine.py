@@ -31,6 +31,8 @@ PLAY = """
           env: "{{{{ __inference_service_env_file }}}}"
           release: "{{{{ lookup('ansible.builtin.template', '{root}/templates/release.json.j2') }}}}"
           unit: "{{{{ lookup('ansible.builtin.template', '{root}/templates/glm-engine.service.j2') }}}}"
+          watchdog: "{{{{ lookup('ansible.builtin.template', '{root}/templates/glm-watchdog.service.j2') }}}}"
+          timer: "{{{{ lookup('ansible.builtin.template', '{root}/templates/glm-watchdog.timer.j2') }}}}"
     - ansible.builtin.copy: {{content: "{{{{ rendered | to_json }}}}", dest: "{out}", mode: "0600"}}
 """
 
@@ -132,14 +134,17 @@ def test_stop_times_nest(vllm: dict[str, str]) -> None:
     assert int(unit["StartLimitIntervalSec"]) > 3 * (release["start_timeout"] + int(unit["RestartSec"]))
 
 
-def test_systemd_takes_the_unit(vllm: dict[str, str]) -> None:
+def test_systemd_takes_the_units(vllm: dict[str, str]) -> None:
     directory = Path(vllm["directory"])
-    program = directory / "opt/bin/engine-launch"
-    program.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(ROOT / "roles/inference_service/files/engine-launch", program)
-    unit = directory / "glm-engine.service"
-    unit.write_text(vllm["unit"])
-    done = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, check=False)
+    programs = directory / "opt/bin"
+    programs.mkdir(parents=True, exist_ok=True)
+    for name in ("engine-launch", "engine-watchdog"):
+        shutil.copy(ROOT / "roles/inference_service/files" / name, programs)
+    units = {"glm-engine.service": "unit", "glm-watchdog.service": "watchdog", "glm-watchdog.timer": "timer"}
+    for name, key in units.items():
+        (directory / name).write_text(vllm[key])
+    command = ["systemd-analyze", "verify", "--man=no", *(directory / name for name in units)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 

@@ -17,7 +17,7 @@ def release(host: Host) -> dict[str, Any]:
     return dict(json.loads(host.file("/opt/glm/current/release.json").content_string))
 
 
-@pytest.mark.parametrize("name", ["docker.service", "glm-engine.service", "haproxy.service"])
+@pytest.mark.parametrize("name", ["docker.service", "glm-engine.service", "haproxy.service", "glm-watchdog.timer"])
 def test_service_runs_and_starts_at_boot(host: Host, name: str) -> None:
     service = host.service(name)
     assert service.is_running
@@ -79,6 +79,13 @@ def test_the_engine_answers_through_the_edge_only_with_a_key(host: Host) -> None
     assert host.check_output(f"{status}/v1/models") == "401"
     assert host.check_output(f"{status}/health") == "200"
     assert host.check_output(f"{status}/metrics") == "403"
+
+
+def test_the_watchdog_has_looked_and_has_nothing_to_say(host: Host) -> None:
+    with host.sudo():
+        assert json.loads(host.file("/run/glm-watchdog/look.json").content_string)["progress"][0] > 0
+        assert host.check_output("systemctl show --property Result --value glm-watchdog") == "success"
+        assert host.check_output("journalctl --quiet --no-pager --unit glm-watchdog") == ""
 
 
 def test_systemctl_status_tells_the_phase(host: Host, release: dict[str, Any]) -> None:

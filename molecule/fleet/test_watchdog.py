@@ -1,0 +1,94 @@
+"""The watchdog of each node: a stalled engine is restarted, a saturated one is left alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import pytest
+from conftest import Fleet
+
+STALL = 15  # seconds, glm_watchdog_timeout of the inventory
+# Until then it serves again: two looks of 10 s at most, the time for requests that will never end (10 s), a start of
+# 5 s and the checks of both edges.
+BOUND = STALL + 2 * 10 + 10 + 5 + 15
+NODE, ADDRESS = "fleet-2", "http://198.18.71.11:8000"
+
+
+def ask(fleet: Fleet, prompt: str, timeout: float) -> int:
+    """Status of the node's own answer; 0 where none came whole."""
+    thinking = {"chat_template_kwargs": {"enable_thinking": False}}
+    body = {"model": "glm-5.2-fp8", "messages": [{"role": "user", "content": prompt}], **thinking}
+    request = urllib.request.Request(
+        f"{ADDRESS}/v1/chat/completions",
+        data=json.dumps(body).encode(),
+        headers={"Authorization": f"Bearer {fleet.key()}", "Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout) as answer:
+            answer.read()
+            return int(answer.status)
+    except urllib.error.HTTPError as refused:
+        return refused.code
+    except OSError:
+        return 0
+
+
+def restarts(fleet: Fleet) -> int:
+    with suppress(ValueError):
+        return int(json.loads(fleet.run(NODE, "cat /var/lib/glm/watchdog.json", check=False))["restarts"])
+    return 0
+
+
+FAULTS = {
+    "accepts and never answers": (
+        "docker exec glm-engine sh -c 'echo hang > /tmp/fault'",
+        r"1 requests in work, 0 waiting, and no token for \d+ s",
+    ),
+    "frozen": ("docker pause glm-engine", r"its metrics have not answered for \d+ s"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_stalled_engine_is_restarted(name: str, fleet: Fleet, first: str) -> None:
+    fault, reason = FAULTS[name]
+    release, engine, count = fleet.release(NODE), fleet.engine(NODE), restarts(fleet)
+    with ThreadPoolExecutor() as clients:
+        fleet.run(NODE, fault)
+        began = time.monotonic()
+        lost = clients.submit(ask, fleet, "hello", BOUND)
+        while fleet.engine(NODE) in ("", engine) or not fleet.all_in():
+            assert time.monotonic() - began < BOUND, fleet.run(NODE, "journalctl -n 20 -u glm-watchdog -u glm-engine")
+            time.sleep(0.5)
+        took = time.monotonic() - began
+        assert lost.result() != 200
+    fleet.say(f"engine that {name}: serves again after {took:.0f} s (bound {BOUND})")
+    assert took >= STALL
+    assert fleet.release(NODE) == release
+    assert ask(fleet, "hello", 30) == 200
+    assert restarts(fleet) == count + 1
+    assert re.search(reason, fleet.state(NODE)["reason"])
+    said = fleet.run(NODE, "journalctl -o cat -u glm-watchdog")
+    assert re.search(rf"glm: the engine is stalled: {reason}: restarting it \(restart {count + 1} of this kind\)", said)
+
+
+def test_a_saturated_engine_is_left_alone(fleet: Fleet, first: str) -> None:
+    """One request at a time, a token a second, /health after 8 s: slow for three times as long as a stall takes."""
+    engine, count = fleet.engine(NODE), restarts(fleet)
+    with ThreadPoolExecutor(40) as clients:
+        fleet.run(NODE, "docker exec glm-engine sh -c 'echo saturated > /tmp/fault'")
+        answers = [clients.submit(ask, fleet, "Say 5 words", 300) for _ in range(40)]
+        end = time.monotonic() + 3 * STALL
+        while time.monotonic() < end:
+            assert fleet.engine(NODE) == engine
+            time.sleep(1)
+        assert sum(answer.done() for answer in answers) < len(answers) / 2, "it was not saturated"
+        fleet.run(NODE, "docker exec glm-engine rm /tmp/fault")
+        assert [answer.result() for answer in answers] == [200] * len(answers)
+    assert fleet.engine(NODE) == engine
+    assert restarts(fleet) == count
