@@ -7,12 +7,16 @@ import os
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from testbed import ROOT, SHARED, Play, docker
+from testbed import ROOT, SHARED, Play, Run, docker
 
 FLEET = ROOT / "molecule/fleet"
 INVENTORY = FLEET / "inventory"
@@ -20,13 +24,28 @@ NODES = ("fleet-1", "fleet-2", "fleet-3")
 GATEWAYS = {"fleet-gateway-1": "http://198.18.71.5:8000", "fleet-gateway-2": "http://198.18.71.6:8000"}
 
 
+# FLEET_ENGINE=vllm: real vLLM on the CPU, which two cores bear for a few sessions; else the light engine.
+REAL = os.environ.get("FLEET_ENGINE") == "vllm"
+IMAGES = ["vllm/vllm-openai:light", *(["vllm/vllm-openai:glm52-cu129"] if REAL else [])]
+STALL = 60 if REAL else 15  # seconds until a watchdog calls an engine stalled
+SETTINGS: dict[str, Any] = {"glm_image": IMAGES[-1], "glm_watchdog_timeout": STALL}
+SHORT, STREAMS, ENOUGH = (3, 2, 20) if REAL else (24, 9, 100)
+
+
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
 @dataclass
 class Fleet:
     """The machines, from behind, and what was counted over all tests."""
 
-    play: Play
+    playbook: Play
     total: dict[str, int] = field(default_factory=lambda: {"sent": 0, "failed": 0, "streams": 0, "cut": 0, "moves": 0})
     lines: list[str] = field(default_factory=list)
+
+    def play(self, *arguments: str, seconds: int = 300, **settings: Any) -> Run:
+        """A playbook over the fleet, with the settings of the engine; real vLLM takes its time."""
+        return self.playbook(*arguments, seconds=seconds * 4 if REAL else seconds, **{**SETTINGS, **settings})
 
     def run(self, host: str, command: str, check: bool = True) -> str:
         return docker("exec", "-i", f"glm-{host}", "/bin/sh", "-c", command, check=check)
@@ -66,6 +85,43 @@ class Fleet:
     def say(self, line: str) -> None:
         self.lines.append(line)
 
+    def accepts(self, gateway: str) -> bool:
+        """Whether the gateway has a node for a request."""
+        try:
+            return bool(OPENER.open(f"{GATEWAYS[gateway]}/health", timeout=10).status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    @contextmanager
+    def load(self, name: str) -> Iterator[None]:
+        """Clients all through the block; not one of their requests may fail."""
+        process = subprocess.Popen(
+            [sys.executable, FLEET / "load.py", str(SHORT), str(STREAMS), *GATEWAYS.values()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdin
+        process.stdin.write(self.key() + "\n")
+        process.stdin.flush()
+        time.sleep(3)
+        try:
+            yield
+            time.sleep(3)
+        finally:
+            process.terminate()
+            output, errors = process.communicate(timeout=400)
+            assert not errors
+            result = json.loads(output)
+            for count in ("sent", "streams", "moves"):
+                self.total[count] += result[count]
+            for kind in ("failed", "cut"):
+                self.total[kind] += len(result[kind])
+            self.say(f"{name}: {result['sent']} requests, {result['moves']} changes of a node, {result['nodes']}")
+        assert (result["failed"], result["cut"]) == ([], [])
+        assert result["done"] == result["sent"] > ENOUGH
+
 
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
@@ -74,7 +130,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     keep = os.environ.get("FLEET_KEEP")
 
     def shared(name: str, seconds: int) -> None:
-        done = play(playbook=str(SHARED / name), seconds=seconds)
+        done = play(playbook=str(SHARED / name), seconds=seconds, testbed_registry_images=IMAGES)
         assert done.code == 0, done.output[-3000:] + done.errors
 
     if not keep:
@@ -104,8 +160,15 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture(scope="session")
 def first(fleet: Fleet) -> str:
-    """The release of the first deployment, on all nodes."""
-    run = fleet.play(seconds=600)
+    """The release of the first deployment, on all nodes, with clients from the first node on."""
+    with ThreadPoolExecutor() as runs:
+        deployment = runs.submit(fleet.play, seconds=600)
+        while not all(map(fleet.accepts, GATEWAYS)) and not deployment.done():
+            time.sleep(1)
+        if deployment.done():
+            pytest.fail(f"no request was accepted before the deployment ended: {deployment.result().messages}")
+        with fleet.load("first deployment"):
+            run = deployment.result()
     assert run.code == 0, run.messages
     assert fleet.all_in()
     (release,) = set(fleet.releases())
@@ -114,30 +177,6 @@ def first(fleet: Fleet) -> str:
 
 @pytest.fixture
 def load(fleet: Fleet, first: str, request: pytest.FixtureRequest) -> Iterator[None]:
-    """Clients all through the test; not one of their requests may fail."""
-    process = subprocess.Popen(
-        [sys.executable, FLEET / "load.py", *GATEWAYS.values()],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin
-    process.stdin.write(fleet.key() + "\n")
-    process.stdin.flush()
-    time.sleep(3)
-    try:
+    """Clients all through the test."""
+    with fleet.load(request.node.name):
         yield
-        time.sleep(3)
-    finally:
-        process.terminate()
-        output, errors = process.communicate(timeout=150)
-    result = json.loads(output)
-    for name in ("sent", "streams", "moves"):
-        fleet.total[name] += result[name]
-    for name in ("failed", "cut"):
-        fleet.total[name] += len(result[name])
-    fleet.say(f"{request.node.name}: {result['sent']} requests, {result['moves']} changes of a node, {result['nodes']}")
-    assert not errors
-    assert (result["failed"], result["cut"]) == ([], [])
-    assert result["done"] == result["sent"] > 100

@@ -1,25 +1,27 @@
 """Clients of the fleet: short requests and streams of many sessions, until SIGTERM; then the counts as JSON.
 
-load.py URL [URL ...] < key     each URL is a gateway's; a session keeps to one of them
+load.py SHORT STREAMS URL [URL ...] < key     sessions of each kind; each URL is a gateway's, a session keeps to one
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
-import itertools
 import json
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx2
+import yaml
 
-SHORT, STREAMS = 24, 9  # sessions of each kind
 PAUSE = 0.15  # seconds between two requests of a session
 LIMIT = 1800  # seconds after which it ends by itself
-WORDS = 40
+TOKENS = 40  # of a stream; the light engine makes one a word
+# Either engine knows the answer.
+QUESTION = yaml.safe_load((Path(__file__).parents[2] / "roles/verify/files/questions.yml").read_text())["sum"]
 
 
 class Load:
@@ -39,7 +41,7 @@ class Load:
         name = f"{'stream' if stream else 'short'}-{number}"
         url = self.urls[number % len(self.urls)]
         headers = {"Authorization": f"Bearer {self.key}", "x-session-id": name}
-        async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=120, trust_env=False) as client:
+        async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=300, trust_env=False) as client:
             while not self.stop.is_set():
                 self.sent += 1
                 began = time.strftime("%H:%M:%S")
@@ -58,16 +60,19 @@ class Load:
         return {"model": "glm-5.2-fp8", "messages": [{"role": "user", "content": prompt}], **thinking, **more}
 
     async def short(self, client: httpx2.AsyncClient, name: str) -> str:
-        answer = await client.post("/v1/chat/completions", json=self.body("hello"))
+        answer = await client.post("/v1/chat/completions", json=self.body(QUESTION["prompt"], max_tokens=64))
         if answer.status_code != 200:
             return f"HTTP {answer.status_code}: {answer.text[:200]}"
         self.seen(name, answer.headers["X-Glm-Node"])
-        return "" if answer.json()["choices"][0]["message"]["content"] == "ok" else f"answered {answer.text[:200]}"
+        said = answer.json()["choices"][0]["message"]["content"]
+        return "" if said == QUESTION["expect"] else f"answered {said!r:.200}"
 
     async def stream(self, client: httpx2.AsyncClient, name: str) -> str:
         self.streams += 1
-        words, ended = 0, False
-        body = self.body(f"Say {WORDS} words", stream=True)
+        tokens, ended = 0, False
+        # The same number of tokens from either engine: one counts words, the other is held to its limits.
+        exactly = {"min_tokens": TOKENS, "max_tokens": TOKENS, "ignore_eos": True}
+        body = self.body(f"Say {TOKENS} words", stream=True, stream_options={"include_usage": True}, **exactly)
         async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
             if answer.status_code != 200:
                 return f"HTTP {answer.status_code}: {(await answer.aread())[:200]!r}"
@@ -76,19 +81,21 @@ class Load:
                 if line == "data: [DONE]":
                     ended = True
                 elif line.startswith("data: "):
-                    words += sum(bool(choice["delta"].get("content")) for choice in json.loads(line[6:])["choices"])
-        return "" if ended and words == WORDS else f"{words} of {WORDS} words, end {'seen' if ended else 'missing'}"
+                    tokens = (json.loads(line[6:]).get("usage") or {}).get("completion_tokens", tokens)
+        return (
+            "" if ended and tokens == TOKENS else f"{tokens} of {TOKENS} tokens, end {'seen' if ended else 'missing'}"
+        )
 
     def seen(self, session: str, node: str) -> None:
         self.nodes[node] += 1
         self.moves += self.homes.get(session, node) != node
         self.homes[session] = node
 
-    async def run(self) -> None:
+    async def run(self, short: int, streams: int) -> None:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self.stop.set)
         loop.call_later(LIMIT, self.stop.set)
-        numbers = itertools.chain(((n, False) for n in range(SHORT)), ((n, True) for n in range(STREAMS)))
+        numbers = [*((number, False) for number in range(short)), *((number, True) for number in range(streams))]
         await asyncio.gather(*(self.session(number, stream) for number, stream in numbers))
 
     def result(self) -> dict[str, Any]:
@@ -104,8 +111,9 @@ class Load:
 
 
 def main() -> None:
-    load = Load(sys.argv[1:], sys.stdin.readline().strip())
-    asyncio.run(load.run())
+    short, streams, *urls = sys.argv[1:]
+    load = Load(urls, sys.stdin.readline().strip())
+    asyncio.run(load.run(int(short), int(streams)))
     print(json.dumps(load.result()))
 
 

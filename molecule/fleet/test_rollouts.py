@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GATEWAYS, INVENTORY, NODES, Fleet
+from conftest import GATEWAYS, INVENTORY, NODES, OPENER, REAL, SETTINGS, Fleet
 from testbed import ROOT, Run
 
 # Of the engines' own times to stop and to start.
@@ -32,6 +32,10 @@ def engine_seconds(fleet: Fleet) -> float:
     return total
 
 
+def one_line(run: Run, line: str) -> bool:
+    return any(line in text for message in run.messages for text in message.splitlines())
+
+
 def node_of(fleet: Fleet, session: str, gateway: str) -> str:
     """Where a session is answered."""
     body = {"model": "glm-5.2-fp8", "messages": [{"role": "user", "content": "hello"}]}
@@ -44,7 +48,7 @@ def node_of(fleet: Fleet, session: str, gateway: str) -> str:
             "X-Claude-Code-Session-Id": session,
         },
     )
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
+    with OPENER.open(request, timeout=30) as answer:
         return str(answer.headers["X-Glm-Node"])
 
 
@@ -61,6 +65,26 @@ def test_a_second_run_changes_nothing(fleet: Fleet, first: str) -> None:
     run = fleet.play(seconds=200)
     assert (run.code, run.recap("changed")) == (0, 0), run.messages
     assert fleet.all_in()
+
+
+def test_the_first_release_has_none_to_go_back_to(fleet: Fleet, first: str) -> None:
+    run = fleet.play(playbook="playbooks/rollback.yml")
+    assert run.code != 0
+    for node in NODES:
+        assert one_line(run, f"{node}: there is no previous release to go back to (found {first}, current {first})")
+    assert run.recap("changed") == 0
+    assert fleet.all_in()
+
+
+def test_the_status_costs_one_round_trip(fleet: Fleet, first: str) -> None:
+    run = fleet.play(playbook="playbooks/status.yml")
+    assert (run.code, run.recap("changed")) == (0, 0), run.messages
+    assert {run.trips[host]["round_trips"] for host in (*NODES, *GATEWAYS)} == {1}
+    status = json.loads((ROOT / "results/fleet/status.json").read_text())
+    for node in NODES:
+        assert status[node].items() >= {"rotation": "in", "phase": "serving", "release": first, "in_flight": 0}.items()
+        assert status[node]["verified"]["ok"] is True
+        assert re.search(rf"{node} +in +serving +{first} +vllm ", run.output)
 
 
 def test_check_mode_changes_nothing(fleet: Fleet, first: str) -> None:
@@ -112,8 +136,8 @@ def test_rollback_goes_to_the_release_before(fleet: Fleet, load: None, first: st
 
 def test_a_canary_that_fails_halts_the_rollout(fleet: Fleet, load: None, first: str) -> None:
     others = [fleet.engine(node) for node in NODES[1:]]
-    settings = {"LIGHT_FAULT": "exit-at-once", "LIGHT_TOKEN_SECONDS": "0.05"}
-    run = fleet.play(seconds=300, glm_engine_extra_env=settings)
+    fault = {"VLLM_CPU_KVCACHE_SPACE": "100000"} if REAL else {"LIGHT_FAULT": "exit-at-once"}
+    run = fleet.play(seconds=300, glm_engine_extra_env=fault)
     assert run.code != 0
     assert re.fullmatch(
         rf"fleet-1: release [0-9a-f]{{12}} failed: glm-engine\.service: .*; release {first} serves again",
@@ -130,7 +154,7 @@ PHASES = ("Let its requests end", "Point to the release", "Verify what it serves
 
 @pytest.mark.parametrize("task", PHASES)
 def test_the_controller_is_killed_and_the_run_begun_again(fleet: Fleet, load: None, task: str) -> None:
-    settings = json.dumps({"light_release": f"killed {task}"})
+    settings = json.dumps({**SETTINGS, "light_release": f"killed {task}"})
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
     command = [f"{ROOT}/.venv/bin/ansible-playbook", "site.yml", "-i", str(INVENTORY), "-e", settings]
     process = subprocess.Popen(
@@ -153,6 +177,11 @@ def test_the_controller_is_killed_and_the_run_begun_again(fleet: Fleet, load: No
 # --- bad input: one line, nothing changed ---
 
 CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
+    "a minimum that is none": (
+        (),
+        {"light_release": "x", "glm_rollout_min_available": "most"},
+        "Nothing was changed: glm_rollout_min_available: 'most' is neither a count nor a share such as 75%",
+    ),
     "waves that make no sense": (
         (),
         {"glm_rollout_waves": [0]},
@@ -169,16 +198,17 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         "Nothing was changed: the gateway fleet-gateway-2 was not reached: every gateway takes part in a rollout: "
         "add it to --limit",
     ),
+    "the whole fleet for good": (
+        (),
+        {"playbook": "playbooks/teardown.yml"},
+        "Nothing was changed: this stops fleet-1, fleet-2, fleet-3 and leaves 0 of 3 serving nodes (wanted at least 1)",
+    ),
     "a release that is not there": (
         (),
         {"playbook": "playbooks/rollback.yml", "glm_release": "0123456789ab"},
         "fleet-1: there is no release 0123456789ab here (found ",
     ),
 }
-
-
-def one_line(run: Run, line: str) -> bool:
-    return any(line in text for message in run.messages for text in message.splitlines())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -220,12 +250,49 @@ def test_a_lock_of_another_machine_is_respected_until_it_is_broken(fleet: Fleet,
     assert fleet.run("fleet-gateway-1", "ls /var/lib/glm/rollout.lock", check=False) == ""
 
 
-def test_a_node_that_left_the_inventory_must_be_drained(fleet: Fleet, first: str, tmp_path: Path) -> None:
+def other_inventory(directory: Path, old: str, new: str) -> Path:
+    """The fleet's, with another line in its hosts.yml."""
     hosts = (INVENTORY / "hosts.yml").read_text()
-    (tmp_path / "hosts.yml").write_text(hosts.replace("        fleet-3: {ansible_host: 198.18.71.12}\n", ""))
+    assert old in hosts
+    (directory / "hosts.yml").write_text(hosts.replace(old, new))
     for name in ("group_vars", "keys"):
-        (tmp_path / name).symlink_to(INVENTORY / name)
-    run = fleet.play(seconds=120, inventory=tmp_path)
+        (directory / name).symlink_to(INVENTORY / name)
+    return directory
+
+
+FLEET_3 = "        fleet-3: {ansible_host: 198.18.71.12}\n"
+
+
+def test_a_node_that_left_the_inventory_must_be_drained(fleet: Fleet, first: str, tmp_path: Path) -> None:
+    run = fleet.play(seconds=120, inventory=other_inventory(tmp_path, FLEET_3, ""))
     assert run.code != 0
     assert one_line(run, "offers the node fleet-3, which is not in the inventory"), run.messages
+    assert fleet.all_in()
+
+
+def test_a_node_that_no_gateway_knows_is_refused(fleet: Fleet, first: str, tmp_path: Path) -> None:
+    inventory = other_inventory(tmp_path, "fleet-3:", "fleet-9:")
+    run = fleet.play("--limit", "fleet-9", playbook="playbooks/drain.yml", inventory=inventory)
+    assert run.code != 0
+    assert one_line(run, "this edge has no server fleet-9 (it has fleet-1, fleet-2, fleet-3): run site.yml"), (
+        run.messages
+    )
+    assert fleet.all_in()
+
+
+def test_a_node_leaves_and_joins(fleet: Fleet, load: None, tmp_path: Path) -> None:
+    """Torn down, out of the inventory, then back in it as a node that is new."""
+    run = fleet.play("--limit", "fleet-3", playbook="playbooks/teardown.yml")
+    assert run.code == 0, run.messages
+    gone = "/opt/glm /etc/glm /var/lib/glm/state.json /etc/haproxy/haproxy.cfg /etc/systemd/system/glm-*"
+    assert fleet.run("fleet-3", f"ls -d {gone} 2>/dev/null", check=False) == ""
+    assert fleet.run("fleet-3", "docker ps --quiet") == ""
+    assert fleet.run("fleet-3", "ls /var/lib/glm/models"), "the weights are kept"
+    again = fleet.play("--limit", "fleet-3", playbook="playbooks/teardown.yml")
+    assert (again.code, again.recap("changed")) == (0, 0), again.messages
+    run = fleet.play(seconds=300, inventory=other_inventory(tmp_path, FLEET_3, ""))
+    assert run.code == 0, run.messages
+    assert all(set(fleet.rotation(gateway)) == {"fleet-1", "fleet-2"} for gateway in GATEWAYS)
+    run = fleet.play(seconds=400)
+    assert run.code == 0, run.messages
     assert fleet.all_in()

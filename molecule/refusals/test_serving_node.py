@@ -124,6 +124,13 @@ def test_image_with_another_digest(node: Node, play: Play, untouched: None) -> N
     assert differences(before, node.snapshot()) == []
 
 
+def test_the_only_node_is_not_switched_without_a_word(node: Node, play: Play, untouched: None) -> None:
+    run = play(glm_accept_downtime=False, glm_engine_extra_env={"LIGHT_RELEASE": "next"})
+    assert run.code != 0
+    assert run.line("Nothing was changed: wave 0 stops refusal-1 and leaves 0 of 1 serving nodes (wanted at least 1): ")
+    assert run.recap("changed") == 0
+
+
 @pytest.mark.parametrize("name", UNFIT_RELEASES)
 def test_the_release_before_serves_again(name: str, node: Node, play: Play, release: str) -> None:
     settings, says = UNFIT_RELEASES[name]

@@ -50,7 +50,7 @@ def fewest_left(hosts: Sequence[str], waves: Iterable[Any], fleet: Mapping[str, 
     """Why the waves would leave too few nodes, in one line; empty where they do not.
 
     `fleet` holds serving (names of the nodes that serve now), stopped (those that the run would stop),
-    min_available (a count or a share of total), total, and accept_downtime.
+    min_available (a count or a share of total), total, accept_downtime, and for_good where they do not come back.
     """
     serving, stopped, total = set(fleet["serving"]), set(fleet["stopped"]), int(fleet["total"])
     least = size_of(fleet["min_available"], total)
@@ -63,9 +63,14 @@ def fewest_left(hosts: Sequence[str], waves: Iterable[Any], fleet: Mapping[str, 
         taken = serving & stopped & set(batch)
         left = len(serving) - len(taken)
         if taken and left < least:
+            who, advice = (
+                ("this", "name fewer nodes with --limit")
+                if fleet.get("for_good")
+                else (f"wave {number}", "set smaller glm_rollout_waves")
+            )
             return (
-                f"wave {number} stops {', '.join(sorted(taken))} and leaves {left} of {len(serving)} serving nodes "
-                f"(wanted at least {least}): set smaller glm_rollout_waves, or a lower glm_rollout_min_available, or "
+                f"{who} stops {', '.join(sorted(taken))} and leaves {left} of {len(serving)} serving nodes "
+                f"(wanted at least {least}): {advice}, or a lower glm_rollout_min_available, or "
                 "glm_accept_downtime: true"
             )
     return ""
@@ -91,6 +96,13 @@ def strangers(edges: Mapping[str, Mapping[str, Any]], nodes: Iterable[str]) -> l
         for edge, servers in edges.items()
         for name, server in servers.items()
         if name not in known and server["rotation"] == "in"
+    ]
+
+
+def offering(gateways: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]], node: str) -> list[str]:
+    """The gateways that know the node, whether or not they offer it just now."""
+    return [
+        gateway for gateway in gateways if node in (hostvars[gateway].get("__gateway_seen") or {}).get("servers", {})
     ]
 
 
@@ -198,6 +210,7 @@ class FilterModule:
             "fewest_left": fewest_left,
             "serving_nodes": serving_nodes,
             "strangers": strangers,
+            "offering": offering,
             "edge_servers": edge_servers,
             "fleet_baseline": fleet_baseline,
             "fleet_status": fleet_status,

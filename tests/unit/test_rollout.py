@@ -60,6 +60,18 @@ def test_what_is_not_stopped_or_does_not_serve_is_not_missed() -> None:
     assert left([4], min_available=0) == ""
 
 
+def test_what_goes_for_good() -> None:
+    assert left([4], for_good=True).startswith(
+        "this stops a, b, c, d and leaves 0 of 4 serving nodes (wanted at least 1): name fewer nodes with --limit, or"
+    )
+
+
+def test_gateways_that_know_a_node() -> None:
+    hostvars: dict[str, dict[str, Any]] = {"g1": {"__gateway_seen": {"servers": {"a": server("out")}}}, "g2": {}}
+    assert rollout.offering(["g1", "g2"], hostvars, "a") == ["g1"]
+    assert rollout.offering(["g1", "g2"], hostvars, "b") == []
+
+
 def test_a_minimum_that_is_none() -> None:
     assert left([1], min_available="most") == (
         "glm_rollout_min_available: 'most' is neither a count nor a share such as 75%"

@@ -143,7 +143,7 @@ def test_systemd_takes_the_units(vllm: dict[str, str]) -> None:
     units = {"glm-engine.service": "unit", "glm-watchdog.service": "watchdog", "glm-watchdog.timer": "timer"}
     for name, key in units.items():
         (directory / name).write_text(vllm[key])
-    command = ["systemd-analyze", "verify", "--man=no", *(directory / name for name in units)]
+    command = ["systemd-analyze", "verify", "--man=no", *(str(directory / name) for name in units)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
