@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ class Node:
         self.directory = directory
         self.names: dict[str, Any] = yaml.safe_load((ROOT / f"engines/{engine}.yml").read_text())["metrics"]
         self.metrics: dict[str, float] | None = {}
+        self.asked: list[dict[str, Any]] = []
+        self.answers: int | None = 200  # of a request for a token; None for none at all
+        self.when_asked: Callable[[], None] = lambda: None
         node = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -45,10 +49,19 @@ class Node:
                 lines = [f'{name}{{engine="0"}} {value}' for name, value in node.metrics.items()]
                 self.wfile.write(("# TYPE x counter\n" + "\n".join(lines) + "\n").encode())
 
+            def do_POST(self) -> None:
+                node.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                node.when_asked()
+                if node.answers is not None:
+                    self.send_response(node.answers)
+                    self.end_headers()
+                else:
+                    time.sleep(0.5)
+
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         for name in ("release", "data", "run"):
             (directory / name).mkdir()
@@ -56,7 +69,12 @@ class Node:
         (directory / "systemctl").chmod(0o755)
         (directory / "release/release.json").write_text(
             json.dumps(
-                {"id": "r1", "url": f"http://127.0.0.1:{self.server.server_port}", "metrics": self.names},
+                {
+                    "id": "r1",
+                    "url": f"http://127.0.0.1:{self.server.server_port}",
+                    "metrics": self.names,
+                    "served_model_names": ["m"],
+                },
             )
         )
         (directory / "data/state.json").write_text(json.dumps(STATE))
@@ -113,7 +131,7 @@ def test_work_without_a_token_is_a_stall(node: Node, work: dict[str, int]) -> No
     done = node.look(AT_ONCE)
     assert done.returncode == 0
     assert node.restarts() == 1
-    said = f"{work.get('running', 0)} requests in work, {work.get('waiting', 0)} waiting, and no token for 0 s"
+    said = f"no token for 0 s, {work.get('running', 0)} requests in work, {work.get('waiting', 0)} waiting"
     assert done.stdout.startswith(f"<4>glm: the engine is stalled: {said}: restarting it (restart 1 of this kind)\n")
     assert (
         node.data("watchdog.json").items() >= {"restarts": 1, "release": "r1", "reason": said, "serves": True}.items()
@@ -132,14 +150,62 @@ def test_an_engine_whose_counters_move_is_left_alone(node: Node, metric: str) ->
     assert node.restarts() == 0
 
 
-def test_an_idle_engine_is_left_alone_and_its_standstill_does_not_count(node: Node) -> None:
+def memory(node: Node) -> dict[str, Any]:
+    return dict(json.loads((node.directory / "run/look.json").read_text()))
+
+
+def test_an_idle_engine_is_not_asked_before_half_of_the_time(node: Node) -> None:
     node.works()
-    for _ in range(3):
+    node.look(NEVER)
+    node.look(NEVER)
+    assert node.asked == []
+
+
+@pytest.mark.parametrize("status", [200, 400, 503])
+def test_an_idle_engine_that_gives_a_token_is_left_alone(node: Node, status: int) -> None:
+    node.works()
+    node.answers = status
+    node.look(NEVER)
+    before = memory(node)["since"]
+    for _ in range(2):
         node.look(AT_ONCE)
-    memory = json.loads((node.directory / "run/look.json").read_text())
+    assert node.asked[0] == {"model": "m", "prompt": "ok", "max_tokens": 1}
+    assert memory(node)["since"] > before
+    assert node.restarts() == 0
+
+
+def test_an_idle_engine_that_gives_no_token_is_a_stall(node: Node) -> None:
+    """Its gauges are as old as its last step: it may have taken requests since."""
+    node.works()
+    node.answers = None
+    node.look(NEVER)
+    done = node.look(0.2)  # half of it has not passed
+    time.sleep(0.1)
+    done = node.look(0.2)
+    assert "stalled: no token for 0 s, nor one that was asked for: restarting" in done.stdout
+    assert node.restarts() == 1
+
+
+def test_an_engine_that_moves_while_it_is_asked_is_left_alone(node: Node) -> None:
+    node.works()
+    node.answers = None
+    node.when_asked = lambda: node.works(running=1, generation_tokens=8.0)
+    node.look(NEVER)
+    node.look(AT_ONCE)
+    assert len(node.asked) == 1
+    assert node.restarts() == 0
+
+
+def test_work_counts_from_when_it_was_first_seen(node: Node) -> None:
+    node.works()
+    node.look(NEVER)
+    before = memory(node)["since"]
     node.works(running=1)
     node.look(NEVER)
-    assert json.loads((node.directory / "run/look.json").read_text())["since"] == memory["since"]
+    assert memory(node)["since"] > before
+    since = memory(node)["since"]
+    node.look(NEVER)
+    assert memory(node)["since"] == since
     assert node.restarts() == 0
 
 
@@ -180,7 +246,7 @@ def test_restarts_are_counted_and_one_that_fails_is_said_so(node: Node) -> None:
     done = node.look(AT_ONCE)
     assert done.returncode == 1
     assert "restart 2 of this kind" in done.stdout
-    assert "failed (1 requests in work" in done.stdout and done.stdout.endswith("Job failed.\n")
+    assert "failed (no token for 0 s, 1 requests in work" in done.stdout and done.stdout.endswith("Job failed.\n")
     assert node.data("watchdog.json")["restarts"] == 2
     assert node.data("watchdog.json")["serves"] is False
     assert "see journalctl -u glm-engine" in node.data("state.json")["reason"]
