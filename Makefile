@@ -80,6 +80,10 @@ refusals: venv engine ## Bad input and faults on one node: each refused in one l
 fleet: venv engine ## Rollouts over two gateways and three nodes in use: nothing may be dropped
 	@tests/run fleet
 
+.PHONY: fleet-real
+fleet-real: venv engine ## The same with real vLLM on each node, where the light engine proves too little
+	@tests/run fleet-real
+
 .PHONY: driver
 driver: venv engine ## Install, adopt and replace the driver on nodes of five kinds; bad input and faults
 	@tests/run driver driver-refusals driver-packages

@@ -62,7 +62,7 @@ class Node:
                 pass
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
         for name in ("release", "data", "run"):
             (directory / name).mkdir()
         (directory / "systemctl").write_text(SYSTEMCTL)
