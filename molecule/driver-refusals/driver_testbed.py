@@ -59,8 +59,9 @@ class Node:
             self.run(f"rm -f {path}; rmdir --ignore-fail-on-non-empty $(dirname {path})")
 
     @contextlib.contextmanager
-    def dkms_fails(self) -> Iterator[None]:
-        with self.file("/etc/nvidia-stand-in/dkms-fails"):
+    def dkms_fails(self, version: str = "") -> Iterator[None]:
+        """For one version, or for every one."""
+        with self.file("/etc/nvidia-stand-in/dkms-fails", version):
             yield
 
     @contextlib.contextmanager

@@ -51,13 +51,30 @@ def test_nothing_is_left_to_do(bare: Node) -> None:
     assert (run.code, run.recap("changed")) == (0, 0)
 
 
-def test_an_upgrade_whose_module_cannot_be_built(loaded: Node) -> None:
-    boot = loaded.boot()
-    with loaded.dkms_fails():
+PACKAGES = (
+    "dpkg-query -W -f '${Package} ${Version} ${db:Status-Abbrev}\n' '*nvidia*' 'libcuda*' 'libnv*' | grep '[ih]i'"
+)
+
+
+def test_an_upgrade_whose_module_cannot_be_built_is_taken_back(loaded: Node) -> None:
+    """Libraries of the new version beside the old module would let no container start."""
+    boot, packages = loaded.boot(), loaded.run(PACKAGES)
+    with loaded.dkms_fails("570.195.03"):
         run = loaded.driver(**OLDER)
     assert run.code != 0
     said_once(run, "dkms: ", "570.195.03", f"the old driver {OLD} is still loaded")
     assert (loaded.loaded(), loaded.boot()) == (OLD, boot)
+    assert loaded.run(PACKAGES) == packages
+    assert half_done(loaded) == ""
+    assert OLD in loaded.run("nvidia-smi")
+
+
+def test_an_upgrade_that_cannot_be_taken_back_is_said_so(loaded: Node) -> None:
+    with loaded.dkms_fails():
+        run = loaded.driver(**OLDER)
+    assert run.code != 0
+    said_once(run, "dkms: ", f"the packages of {OLD} could not be brought back (E: Sub-process /usr/bin/dpkg returned")
+    assert loaded.loaded() == OLD
 
 
 def test_the_next_run_upgrades_and_reboots(loaded: Node) -> None:

@@ -766,6 +766,17 @@ def driver_failure(message: str, info: Mapping[str, Any]) -> str:
     return other_failure(message, info)
 
 
+def packages_back(now: Mapping[str, str], before: Mapping[str, str]) -> list[str]:
+    """apt-get's words for the way from the installed versions `now` to those `before`."""
+    back = [f"{name}={version}" for name, version in sorted(before.items()) if now.get(name) != version]
+    return back + [f"{name}-" for name in sorted(now) if name not in before]
+
+
 class FilterModule:
     def filters(self) -> dict[str, Callable[..., Any]]:
-        return {"driver_plan": driver_plan, "driver_failure": driver_failure, "driver_wrong": driver_wrong}
+        return {
+            "driver_plan": driver_plan,
+            "driver_failure": driver_failure,
+            "driver_wrong": driver_wrong,
+            "packages_back": packages_back,
+        }

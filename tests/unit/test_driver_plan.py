@@ -924,3 +924,14 @@ def test_ansible_loads_the_filters_that_share_code(tmp_path: Path, world: World)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "570.211.01" in done.stdout
     assert "[WARNING]" not in done.stderr
+
+
+def test_the_way_back() -> None:
+    before = {"nvidia-open-570": "570.1-1", "libcuda1": "570.1-1", "kept": "1"}
+    now = {"nvidia-open-570": "570.2-1", "kept": "1", "nvidia-driver-pinning-570.2": "1"}
+    assert driver.packages_back(now, before) == [
+        "libcuda1=570.1-1",
+        "nvidia-open-570=570.1-1",
+        "nvidia-driver-pinning-570.2-",
+    ]
+    assert driver.packages_back(before, before) == []
