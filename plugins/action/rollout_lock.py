@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 
 
@@ -17,6 +18,14 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return socket.gethostname()  # a controller without /proc
+
+
+def process_namespace() -> str:
+    """Containers of one machine share its boot id, and not their processes."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def begun(pid: int) -> str:
@@ -33,7 +42,7 @@ def owner() -> dict[str, Any]:
     return {
         "user": getpass.getuser(),
         "host": socket.gethostname(),
-        "boot": boot_id(),
+        "boot": f"{boot_id()} {process_namespace()}",
         "pid": pid,
         "begun": begun(pid),
     }
@@ -41,7 +50,8 @@ def owner() -> dict[str, Any]:
 
 def is_gone(holder: dict[str, Any]) -> bool:
     """Whether the holder is a process of this machine that is there no more."""
-    return holder.get("boot") == boot_id() and begun(int(holder["pid"])) != holder.get("begun")
+    here = holder.get("boot") == f"{boot_id()} {process_namespace()}" and holder.get("host") == socket.gethostname()
+    return here and begun(int(holder["pid"])) != holder.get("begun")
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
@@ -52,12 +62,20 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         args = dict(self._task.args)
         forced = bool(args.pop("break", False))
         wish = {**args, "owner": owner(), "instead_of": "any" if forced else ""}
-        answer = self._execute_module(module_name="rollout_lock", module_args=wish, task_vars=task_vars)
-        holder = answer.get("holder") or {}
-        if not answer.get("failed") and not answer.get("mine", True) and is_gone(holder):
-            wish["instead_of"] = holder["token"]
+        try:
             answer = self._execute_module(module_name="rollout_lock", module_args=wish, task_vars=task_vars)
             holder = answer.get("holder") or {}
+            if not answer.get("failed") and not answer.get("mine", True) and is_gone(holder):
+                wish["instead_of"] = holder["token"]
+                answer = self._execute_module(module_name="rollout_lock", module_args=wish, task_vars=task_vars)
+                holder = answer.get("holder") or {}
+        except AnsibleConnectionFailure as problem:
+            # Ansible would call the node unreachable for whom the task is delegated.
+            return {
+                **result,
+                "failed": True,
+                "msg": f"the lock's host was not reached: {' '.join(str(problem).split())}",
+            }
         result.update(answer)
         if not answer.get("failed") and not answer.get("mine", True) and wish.get("state", "held") == "held":
             since, expires = (

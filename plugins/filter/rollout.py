@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import ceil
 from statistics import median
 from typing import Any
 
@@ -50,13 +51,15 @@ def fewest_left(hosts: Sequence[str], waves: Iterable[Any], fleet: Mapping[str, 
     """Why the waves would leave too few nodes, in one line; empty where they do not.
 
     `fleet` holds serving (names of the nodes that serve now), stopped (those that the run would stop),
-    min_available (a count or a share of total), total, accept_downtime, and for_good where they do not come back.
+    min_available (a count or a share of total, rounded up), total, accept_downtime, and for_good where they do not
+    come back by themselves.
     """
     serving, stopped, total = set(fleet["serving"]), set(fleet["stopped"]), int(fleet["total"])
-    least = size_of(fleet["min_available"], total)
-    if least is None and str(fleet["min_available"]) not in ("0", "0%"):
+    minimum = str(fleet["min_available"]).strip()
+    share = SHARE.fullmatch(minimum)
+    if isinstance(fleet["min_available"], bool) or not (share or minimum.isdigit()) or (share and int(share[1]) > 100):
         return f"glm_rollout_min_available: {fleet['min_available']!r} is neither a count nor a share such as 75%"
-    least = least or 0
+    least = ceil(int(share[1]) * total / 100) if share else int(minimum)
     if fleet["accept_downtime"] or not serving & stopped:
         return ""
     for number, batch in enumerate(batches(hosts, waves)):
@@ -76,14 +79,30 @@ def fewest_left(hosts: Sequence[str], waves: Iterable[Any], fleet: Mapping[str, 
     return ""
 
 
-def serving_nodes(nodes: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The nodes whose engine runs a release that was verified."""
+def serving_nodes(
+    nodes: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]], edges: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """The nodes that take requests: those that every gateway offers and calls up.
+
+    Without gateways, those whose engine runs a release that was verified; a node that was not asked is taken for one.
+    """
+    if edges:
+        return [
+            node
+            for node in nodes
+            if all(
+                (server := servers.get(node)) and server["rotation"] == "in" and server["up"]
+                for servers in edges.values()
+            )
+        ]
     return [
         node
         for node in nodes
-        if (seen := hostvars[node].get("__preflight_node") or {})
-        and (seen.get("state") or {}).get("phase") == "serving"
-        and ((seen.get("units") or {}).get("glm-engine.service") or {}).get("active") == "active"
+        if not (seen := hostvars[node].get("__preflight_node") or {})
+        or (
+            (seen.get("state") or {}).get("phase") == "serving"
+            and ((seen.get("units") or {}).get("glm-engine.service") or {}).get("active") == "active"
+        )
     ]
 
 
@@ -107,16 +126,42 @@ def offering(gateways: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]],
 
 
 def edge_servers(
-    nodes: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]], port: int, setting: str
+    nodes: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Name, address and port of each node's edge, as a gateway reaches it; `setting` names a host's own address."""
+    """Name, address, port and tls of each node's edge, as a gateway reaches it, by the node's own settings.
+
+    `defaults` holds port and certificate, for nodes that set none.
+    """
     return [
         {
             "name": node,
-            "address": hostvars[node].get(setting) or hostvars[node].get("ansible_host") or node,
-            "port": port,
+            "address": seen.get("glm_node_address") or seen.get("ansible_host") or node,
+            "port": int(seen.get("glm_port") or defaults["port"]),
+            "tls": bool(seen.get("glm_tls_certificate_file", defaults["certificate"])),
         }
         for node in nodes
+        for seen in [hostvars[node]]
+    ]
+
+
+def moved_edges(
+    edges: Mapping[str, Mapping[str, Any]], servers: Iterable[Mapping[str, Any]], serving: Iterable[str]
+) -> list[str]:
+    """One line for each serving node that a gateway would lose at once, by another port or scheme.
+
+    The gateways are configured before the nodes, so from then on until its own turn such a node is not reached.
+    """
+
+    def way(server: Mapping[str, Any]) -> str:
+        return f"port {server['port']} {'with' if server['tls'] else 'without'} TLS"
+
+    return [
+        f"{edge} reaches {server['name']} by {way(known)}, and would by {way(server)} before that node has changed: "
+        "this is an outage of the fleet: set glm_accept_downtime: true"
+        for edge, known_servers in edges.items()
+        for server in servers
+        if server["name"] in set(serving) and (known := known_servers.get(server["name"]))
+        if (known["port"], known["tls"]) != (server["port"], server["tls"])
     ]
 
 
@@ -211,6 +256,7 @@ class FilterModule:
             "serving_nodes": serving_nodes,
             "strangers": strangers,
             "offering": offering,
+            "moved_edges": moved_edges,
             "edge_servers": edge_servers,
             "fleet_baseline": fleet_baseline,
             "fleet_status": fleet_status,

@@ -36,7 +36,7 @@ class HAProxy:
         return b"".join(parts).decode(errors="replace")
 
     def servers(self) -> dict[str, dict[str, Any]]:
-        """By name: rotation (in, out), up, sessions (requests that it holds or that wait for it)."""
+        """By name: rotation (in, out), up, sessions (requests that it holds or that wait for it), port, tls."""
         held = {
             row["svname"]: int(row["scur"] or 0) + int(row["qcur"] or 0)
             for row in csv.DictReader(self.ask("show stat").lstrip("# ").splitlines())
@@ -51,6 +51,8 @@ class HAProxy:
                 "rotation": "out" if administered & (MAINTENANCE | DRAINED) else "in",
                 "up": int(row["srv_op_state"]) == RUNNING,
                 "sessions": held.get(row["srv_name"], 0),
+                "port": int(row["srv_port"]),
+                "tls": row["srv_use_ssl"] == "1",
             }
         return servers
 

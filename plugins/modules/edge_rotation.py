@@ -8,8 +8,9 @@ DOCUMENTATION = r"""
 module: edge_rotation
 short_description: Which nodes an edge offers to new requests
 description:
-  - Speaks HAProxy's runtime interface on the host of the edge. What is set survives a reload, not a restart.
+  - Speaks HAProxy's runtime interface on the host of the edge. What is set survives reloads and restarts.
   - A server that is out gets no new request; the requests that it holds go on.
+  - An edge that cannot be reached is a failure like any other, so that a rescue can act; see the action plugin.
   - Another balancer takes HAProxy's place behind the same options and the same answer.
 options:
   server: {description: Name of the server; empty to read alone., type: str, default: ""}
@@ -39,12 +40,15 @@ EXAMPLES = r"""
 
 RETURN = r"""
 servers:
-  description: By name C(rotation) (in, out), C(up) (bool, by the edge's checks) and C(sessions) (requests held).
+  description:
+    - By name C(rotation) (in, out), C(up) (bool, by the edge's checks), C(sessions) (requests held), C(port) and
+      C(tls) (how the edge reaches it).
   type: dict
   returned: always
 settled: {description: Whether what was waited for came., type: bool, returned: always}
 """
 
+import os
 import time
 from typing import Any
 
@@ -52,6 +56,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.haproxy import BACKEND, SOCKET, HAProxy, Unavailable
 
 INTERVAL = 0.2  # seconds between two looks
+KEEP = "/opt/glm/bin/gateway-reload"  # writes the state that HAProxy reads on its next start
 
 
 def settled(server: dict[str, Any], rotation: str) -> bool:
@@ -85,6 +90,8 @@ def main() -> None:
         changed = before != rotation
         if changed and not module.check_mode:
             edge.rotate(name, rotation)
+            if os.path.exists(KEEP):
+                module.run_command([KEEP, "--save"], check_rc=True)
         deadline = time.monotonic() + module.params["wait"]
         servers = edge.servers()
         while not settled(servers[name], rotation) and time.monotonic() < deadline and not module.check_mode:

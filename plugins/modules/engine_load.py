@@ -9,7 +9,7 @@ module: engine_load
 short_description: Requests that the engine works on, and that wait in it
 description:
   - By the engine's own metrics, so that requests count too which came past every edge. Read-only.
-  - An engine that does not answer has no request that could be waited for.
+  - An engine that does not answer has no request that could be waited for; in check mode none is waited for.
 options:
   url: {description: 'The engine, as the node reaches it.', type: str, required: true}
   running: {description: Metric of the requests in work., type: str, required: true}
@@ -57,7 +57,8 @@ def main() -> None:
     deadline = time.monotonic() + (0 if module.check_mode else params["wait"])
     while True:
         now = load(params["url"], params["running"], params["waiting"])
-        idle = not (now["running"] or now["waiting"])
+        # A check run has drained nothing.
+        idle = module.check_mode or not (now["running"] or now["waiting"])
         if idle or time.monotonic() >= deadline:
             module.exit_json(changed=False, idle=idle, **now)
         time.sleep(INTERVAL)

@@ -37,7 +37,6 @@ DEFAULTS: dict[str, Any] = {
     "gateway_server_timeout": "1h",
     "gateway_servers": [{"name": "node1", "address": "127.0.0.1", "port": 8001}],
     "gateway_edges": False,
-    "__gateway_to_edges": "",
     "__gateway_own_address": [],
     "__gateway_key_digests": [hashlib.sha256(KEY.encode()).hexdigest()],
     "__gateway_certificate_digest": "",
@@ -53,9 +52,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all at once": {
         "gateway_auth": "none",
         "gateway_tls_certificate_file": "x",
-        "gateway_servers": THREE,
+        "gateway_servers": [{**server, "tls": True} for server in THREE],
         "gateway_edges": True,
-        "__gateway_to_edges": " ssl verify none",
         "__gateway_certificate_digest": "0" * 64,
     },
 }
@@ -251,6 +249,11 @@ class Edge:
             return str(RELOAD.ask(command, str(self.directory / "haproxy/admin.sock")))
         except OSError:
             return ""
+
+    def reload(self, **options: Any) -> str | None:
+        paths = (str(self.directory / name) for name in ("haproxy/admin.sock", "server-state", "haproxy.cfg"))
+        problem: str | None = RELOAD.reload(self.process.pid, *paths, **options)
+        return problem
 
     def connect(self, timeout: float = 10) -> http.client.HTTPConnection:
         if self.changes.get("gateway_tls_certificate_file"):
@@ -494,9 +497,7 @@ def test_a_reload_keeps_what_was_drained_and_takes_new_keys_without_a_cut(start:
     stream.request("POST", "/v1/stream", b"{}", {"x-api-key": KEY})
     answer = stream.getresponse()
     write_files(edge.directory, **edge.changes, __gateway_key_digests=[hashlib.sha256(OTHER_KEY.encode()).hexdigest()])
-    problem = RELOAD.reload(
-        edge.process.pid, str(edge.directory / "haproxy/admin.sock"), str(edge.directory / "server-state")
-    )
+    problem = edge.reload()
     assert problem is None
     assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 401
     assert edge.ask("/v1/models", {"x-api-key": OTHER_KEY})[0] == 200
@@ -506,12 +507,28 @@ def test_a_reload_keeps_what_was_drained_and_takes_new_keys_without_a_cut(start:
     assert answer.read().count(b"data:") == 5
 
 
+def test_a_reload_takes_a_new_port_and_keeps_what_was_drained(start: Callable[..., Edge]) -> None:
+    """HAProxy would go on with the port and the TLS of the state that it is given."""
+    edge = start(engines=2, gateway_edges=True)
+    edge.admin("set server engines/node1 state drain")
+    servers = edge.changes["gateway_servers"]
+    servers[0]["port"], servers[1]["port"] = servers[1]["port"], servers[0]["port"]
+    servers[1]["tls"] = True
+    write_files(edge.directory, **edge.changes)
+    assert edge.reload() is None
+    rows = [line.split() for line in edge.admin("show servers state engines").splitlines() if "node" in line]
+    assert {row[3]: (int(row[18]), row[20]) for row in rows} == {
+        "node0": (servers[0]["port"], "0"),
+        "node1": (servers[1]["port"], "1"),
+    }
+    assert {row[3]: bool(int(row[6]) & 0x08) for row in rows} == {"node0": False, "node1": True}
+    assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 200
+
+
 def test_a_configuration_that_haproxy_refuses_leaves_the_old_one(edge: Edge) -> None:
     config = edge.directory / "haproxy.cfg"
     config.write_text(config.read_text().replace("default_backend engines", "default_backend nowhere"))
-    problem = RELOAD.reload(
-        edge.process.pid, str(edge.directory / "haproxy/admin.sock"), str(edge.directory / "server-state"), timeout=2
-    )
+    problem = edge.reload(timeout=2)
     assert problem and "old configuration" in problem
     assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 200
 

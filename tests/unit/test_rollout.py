@@ -58,6 +58,14 @@ def test_what_is_not_stopped_or_does_not_serve_is_not_missed() -> None:
     assert left([4], serving=[]) == ""
     assert left([4], accept_downtime=True) == ""
     assert left([4], min_available=0) == ""
+    assert left([4], min_available="0%") == ""
+
+
+def test_a_share_that_must_be_left_is_rounded_up() -> None:
+    assert left([2], min_available="51%").startswith(
+        "wave 0 stops a, b and leaves 2 of 4 serving nodes (wanted at least 3)"
+    )
+    assert left([1], min_available="51%") == ""
 
 
 def test_what_goes_for_good() -> None:
@@ -169,13 +177,25 @@ def test_the_table_has_a_line_a_node_and_the_reasons() -> None:
 
 
 def test_a_gateways_servers() -> None:
-    hostvars: dict[str, dict[str, Any]] = {"a": {"ansible_host": "1"}, "b": {"ansible_host": "2", "x": "10"}, "c": {}}
-    servers = rollout.edge_servers(["a", "b", "c"], hostvars, 8000, "x")
-    assert [(one["name"], one["address"], one["port"]) for one in servers] == [
-        ("a", "1", 8000),
-        ("b", "10", 8000),
-        ("c", "c", 8000),
+    hostvars: dict[str, dict[str, Any]] = {
+        "a": {"ansible_host": "1"},
+        "b": {"ansible_host": "2", "glm_node_address": "10", "glm_port": "9000", "glm_tls_certificate_file": "x.pem"},
+        "c": {},
+    }
+    servers = rollout.edge_servers(["a", "b", "c"], hostvars, {"port": 8000, "certificate": ""})
+    assert [(one["name"], one["address"], one["port"], one["tls"]) for one in servers] == [
+        ("a", "1", 8000, False),
+        ("b", "10", 9000, True),
+        ("c", "c", 8000, False),
     ]
+
+
+def test_an_edge_that_would_be_lost_at_once() -> None:
+    known = {"gw": {"a": {"port": 8000, "tls": False}, "b": {"port": 8000, "tls": False}}}
+    servers = [{"name": name, "port": 8000, "tls": True} for name in ("a", "b", "new")]
+    (line,) = rollout.moved_edges(known, servers, ["a"])
+    assert line.startswith("gw reaches a by port 8000 without TLS, and would by port 8000 with TLS before that node")
+    assert rollout.moved_edges(known, [{"name": "a", "port": 8000, "tls": False}], ["a"]) == []
 
 
 def test_what_serves_now() -> None:
@@ -184,4 +204,13 @@ def test_what_serves_now() -> None:
         return {"__preflight_node": {"state": {"phase": phase}, "units": units}}
 
     hostvars = {"a": node("serving", "active"), "b": node("failed", "active"), "c": node("serving", "failed"), "d": {}}
-    assert rollout.serving_nodes(["a", "b", "c", "d"], hostvars) == ["a"]
+    assert rollout.serving_nodes(["a", "b", "c"], hostvars, {}) == ["a"]
+    assert rollout.serving_nodes(["d"], hostvars, {}) == ["d"], "left out by --limit: it goes on as it is"
+
+
+def test_what_every_gateway_offers_serves_now() -> None:
+    edges = {
+        "g1": {"a": server(), "b": server("out"), "c": server(), "d": server(up=False)},
+        "g2": {"a": server(), "b": server(), "d": server()},
+    }
+    assert rollout.serving_nodes(["a", "b", "c", "d"], {}, edges) == ["a"]

@@ -93,16 +93,17 @@ def test_a_dry_run_takes_nothing(path: str) -> None:
 
 def test_a_process_that_ended_holds_nothing() -> None:
     child = subprocess.Popen(["sleep", "60"])
-    holder = {"boot": ACTION.boot_id(), "pid": child.pid, "begun": ACTION.begun(child.pid)}
+    holder = {**ACTION.owner(), "pid": child.pid, "begun": ACTION.begun(child.pid)}
     assert not ACTION.is_gone(holder)
     child.kill()
     child.wait()
     assert ACTION.is_gone(holder)
 
 
-def test_a_process_of_another_machine_is_not_judged() -> None:
-    assert not ACTION.is_gone({"boot": "another", "pid": 1, "begun": "1"})
+@pytest.mark.parametrize("other", [{"boot": "another"}, {"host": "another"}, {"boot": ACTION.boot_id()}])
+def test_a_process_of_another_machine_or_container_is_not_judged(other: dict[str, str]) -> None:
+    assert not ACTION.is_gone({**ACTION.owner(), "pid": 1, "begun": "1", **other})
 
 
 def test_another_process_with_the_same_number_is_not_the_holder() -> None:
-    assert ACTION.is_gone({"boot": ACTION.boot_id(), "pid": os.getpid(), "begun": "1"})
+    assert ACTION.is_gone({**ACTION.owner(), "pid": os.getpid(), "begun": "1"})
