@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -86,10 +85,16 @@ class Fleet:
         self.lines.append(line)
 
     def accepts(self, gateway: str) -> bool:
-        """Whether the gateway has a node for a request."""
+        """Whether the gateway has answered a request."""
+        body = {"model": "glm-5.2-fp8", "max_tokens": 8, "messages": [{"role": "user", "content": "hello"}]}
         try:
-            return bool(OPENER.open(f"{GATEWAYS[gateway]}/health", timeout=10).status == 200)
-        except (urllib.error.URLError, OSError):
+            request = urllib.request.Request(
+                f"{GATEWAYS[gateway]}/v1/chat/completions",
+                data=json.dumps(body).encode(),
+                headers={"Authorization": f"Bearer {self.key()}", "Content-Type": "application/json"},
+            )
+            return bool(OPENER.open(request, timeout=60).status == 200)
+        except OSError:  # no key yet, no gateway, or no node behind it
             return False
 
     @contextmanager

@@ -18,7 +18,7 @@ import httpx2
 import yaml
 
 PAUSE = 0.15  # seconds between two requests of a session
-LIMIT = 1800  # seconds after which it ends by itself
+LIMIT = 1800  # seconds after which it ends by itself, and has failed
 TOKENS = 40  # of a stream; the light engine makes one a word
 # Either engine knows the answer.
 QUESTION = yaml.safe_load((Path(__file__).parents[2] / "roles/verify/files/questions.yml").read_text())["sum"]
@@ -91,10 +91,14 @@ class Load:
         self.moves += self.homes.get(session, node) != node
         self.homes[session] = node
 
+    def give_up(self) -> None:
+        self.failed.append(f"nobody ended it within {LIMIT} s")
+        self.stop.set()
+
     async def run(self, short: int, streams: int) -> None:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self.stop.set)
-        loop.call_later(LIMIT, self.stop.set)
+        loop.call_later(LIMIT, self.give_up)
         numbers = [*((number, False) for number in range(short)), *((number, True) for number in range(streams))]
         await asyncio.gather(*(self.session(number, stream) for number, stream in numbers))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import GATEWAYS, INVENTORY, NODES, OPENER, REAL, SETTINGS, Fleet
-from testbed import ROOT, Run
+from testbed import ROOT, SNAPSHOT, Run, differences
 
 # Of the engines' own times to stop and to start.
 BUDGET = 1.15
@@ -34,6 +34,16 @@ def engine_seconds(fleet: Fleet) -> float:
 
 def one_line(run: Run, line: str) -> bool:
     return any(line in text for message in run.messages for text in message.splitlines())
+
+
+def other_inventory(directory: Path, old: str, new: str) -> Path:
+    """The fleet's, with another line in its hosts.yml."""
+    hosts = (INVENTORY / "hosts.yml").read_text()
+    assert old in hosts
+    (directory / "hosts.yml").write_text(hosts.replace(old, new))
+    for name in ("group_vars", "keys"):
+        (directory / name).symlink_to(INVENTORY / name)
+    return directory
 
 
 def node_of(fleet: Fleet, session: str, gateway: str) -> str:
@@ -87,11 +97,12 @@ def test_the_status_costs_one_round_trip(fleet: Fleet, first: str) -> None:
         assert re.search(rf"{node} +in +serving +{first} +vllm ", run.output)
 
 
-def test_check_mode_changes_nothing(fleet: Fleet, first: str) -> None:
-    engines = [fleet.engine(node) for node in NODES]
+def test_check_mode_changes_nothing(fleet: Fleet, load: None) -> None:
+    before = {host: fleet.run(host, SNAPSHOT) for host in (*NODES, *GATEWAYS)}
     run = fleet.play("--check", "--diff", seconds=200, light_release="look")
     assert run.code == 0, run.messages
-    assert [fleet.engine(node) for node in NODES] == engines
+    for host, seen in before.items():
+        assert differences(seen.splitlines(), fleet.run(host, SNAPSHOT).splitlines()) == []
     assert fleet.all_in()
 
 
@@ -149,12 +160,29 @@ def test_a_canary_that_fails_halts_the_rollout(fleet: Fleet, load: None, first: 
     assert fleet.state("fleet-1")["reason"]
 
 
+def test_a_node_that_fails_in_a_wave_with_one_that_does_not(fleet: Fleet, load: None, tmp_path: Path) -> None:
+    """The good one ends on the new release, the bad one on its old one, both in rotation; no further wave begins."""
+    before = fleet.releases()
+    line = "fleet-2: {ansible_host: 198.18.71.11"
+    inventory = other_inventory(tmp_path, line, f"{line}, light_fault: exit-at-once")
+    run = fleet.play(seconds=300, inventory=inventory, light_release="3", glm_rollout_waves=[2])
+    assert run.code != 0
+    good, bad, later = fleet.releases()
+    assert good not in before
+    assert [bad, later] == before[1:]
+    assert fleet.all_in()
+    assert "failed: glm-engine.service: " in fleet.state("fleet-2")["reason"]
+    assert one_line(run, "fleet-1: it serves, and the rollout halts here: fleet-2 failed (allowed 0), as said above")
+
+
 PHASES = ("Let its requests end", "Point to the release", "Verify what it serves", "Put the node into rotation")
 
 
 @pytest.mark.parametrize("task", PHASES)
 def test_the_controller_is_killed_and_the_run_begun_again(fleet: Fleet, load: None, task: str) -> None:
-    settings = json.dumps({**SETTINGS, "light_release": f"killed {task}"})
+    # The canary, then both others at once.
+    wanted = {"light_release": f"killed {task}", "glm_rollout_waves": [1, 2]}
+    settings = json.dumps({**SETTINGS, **wanted})
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
     command = [f"{ROOT}/.venv/bin/ansible-playbook", "site.yml", "-i", str(INVENTORY), "-e", settings]
     process = subprocess.Popen(
@@ -167,7 +195,7 @@ def test_the_controller_is_killed_and_the_run_begun_again(fleet: Fleet, load: No
     time.sleep(1)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    run = fleet.play(seconds=400, light_release=f"killed {task}")
+    run = fleet.play(seconds=400, **wanted)
     assert run.code == 0, run.messages
     assert len(set(fleet.releases())) == 1
     assert fleet.all_in()
@@ -248,16 +276,6 @@ def test_a_lock_of_another_machine_is_respected_until_it_is_broken(fleet: Fleet,
     run = fleet.play(seconds=300, glm_rollout_break_lock=True)
     assert run.code == 0, run.messages
     assert fleet.run("fleet-gateway-1", "ls /var/lib/glm/rollout.lock", check=False) == ""
-
-
-def other_inventory(directory: Path, old: str, new: str) -> Path:
-    """The fleet's, with another line in its hosts.yml."""
-    hosts = (INVENTORY / "hosts.yml").read_text()
-    assert old in hosts
-    (directory / "hosts.yml").write_text(hosts.replace(old, new))
-    for name in ("group_vars", "keys"):
-        (directory / name).symlink_to(INVENTORY / name)
-    return directory
 
 
 FLEET_3 = "        fleet-3: {ansible_host: 198.18.71.12}\n"
