@@ -65,7 +65,9 @@ def test_a_stalled_engine_is_restarted(name: str, fleet: Fleet, first: str) -> N
             assert time.monotonic() - began < BOUND, fleet.run(NODE, "journalctl -n 20 -u glm-watchdog -u glm-engine")
             time.sleep(0.5)
         took = time.monotonic() - began
-        assert lost.result() != 200
+        status = lost.result()
+    # A frozen engine thaws on its stop, and may still answer.
+    assert status != 200 or name == "frozen"
     fleet.say(f"engine that {name}: serves again after {took:.0f} s (bound {BOUND})")
     assert took >= STALL
     assert fleet.release(NODE) == release
@@ -86,7 +88,8 @@ def test_a_saturated_engine_is_left_alone(fleet: Fleet, first: str) -> None:
         while time.monotonic() < end:
             assert fleet.engine(NODE) == engine
             time.sleep(1)
-        assert sum(answer.done() for answer in answers) < len(answers) / 2, "it was not saturated"
+        early = [answer.result() for answer in answers if answer.done()]
+        assert len(early) < len(answers) / 2, f"it was not saturated: {early}"
         fleet.run(NODE, "docker exec glm-engine rm /tmp/fault")
         assert [answer.result() for answer in answers] == [200] * len(answers)
     assert fleet.engine(NODE) == engine

@@ -65,6 +65,8 @@ def fewest_left(hosts: Sequence[str], waves: Iterable[Any], fleet: Mapping[str, 
     for number, batch in enumerate(batches(hosts, waves)):
         taken = serving & stopped & set(batch)
         left = len(serving) - len(taken)
+        # A wave ends with its nodes in service, or is the last.
+        serving |= set() if fleet.get("for_good") else set(batch)
         if taken and left < least:
             who, advice = (
                 ("this", "name fewer nodes with --limit")
@@ -72,7 +74,7 @@ def fewest_left(hosts: Sequence[str], waves: Iterable[Any], fleet: Mapping[str, 
                 else (f"wave {number}", "set smaller glm_rollout_waves")
             )
             return (
-                f"{who} stops {', '.join(sorted(taken))} and leaves {left} of {len(serving)} serving nodes "
+                f"{who} stops {', '.join(sorted(taken))} and leaves {left} of {left + len(taken)} serving nodes "
                 f"(wanted at least {least}): {advice}, or a lower glm_rollout_min_available, or "
                 "glm_accept_downtime: true"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,27 @@ def keys(node: Any) -> set[str]:
 )
 def test_no_keyword_is_used_that_does_not_do_what_it_says(path: Path) -> None:
     assert not keys(yaml.safe_load(path.read_text())) & DECEPTIVE
+
+
+def folded(node: yaml.Node) -> Iterator[str]:
+    """The texts that are written to be one line."""
+    if isinstance(node, yaml.ScalarNode) and node.style == ">" and "{{" in node.value:
+        yield node.value
+    for child in node.value if isinstance(node, (yaml.MappingNode, yaml.SequenceNode)) else []:
+        for part in child if isinstance(child, tuple) else (child,):
+            yield from folded(part)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*PLAYBOOKS, *TASKS, *sorted((ROOT / "roles").glob("*/tasks/*.yml"))],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
+def test_a_folded_text_is_one_line(path: Path) -> None:
+    """YAML keeps the line breaks around a line that is indented more."""
+    document = yaml.compose(path.read_text())
+    for text in folded(document) if document else []:
+        assert "\n" not in re.sub(r"\{\{.*?\}\}", "", text, flags=re.S).strip()
 
 
 def test_settings_that_are_used_are_those_that_are_specified() -> None:

@@ -50,7 +50,13 @@ def test_too_few_are_left() -> None:
     assert left([1, 3], min_available=2).startswith(
         "wave 1 stops b, c, d and leaves 1 of 4 serving nodes (wanted at least 2): set smaller glm_rollout_waves"
     )
-    assert left([1], serving=["b"]).startswith("wave 1 stops b and leaves 0 of 1 serving nodes")
+    assert left([1], serving=["b"], min_available=2).startswith("wave 1 stops b and leaves 1 of 2 serving nodes")
+
+
+def test_a_node_that_a_wave_has_brought_up_serves_in_the_next() -> None:
+    """As after a run that was killed with a node out of rotation."""
+    assert left([1, 3], serving=["b", "c", "d"]) == ""
+    assert left([1, 3], serving=["b", "c", "d"], min_available=2).startswith("wave 1 stops b, c, d and leaves 1 of 4")
 
 
 def test_what_is_not_stopped_or_does_not_serve_is_not_missed() -> None:
