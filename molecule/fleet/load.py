@@ -17,7 +17,7 @@ from typing import Any
 import httpx2
 import yaml
 
-PAUSE = 0.5  # seconds between two requests of a session
+PAUSE = 1.0  # seconds between two requests of a session
 LIMIT = 1800  # seconds after which it ends by itself, and has failed
 TOKENS = 40  # of a stream; the light engine makes one a word
 # Either engine knows the answer.
