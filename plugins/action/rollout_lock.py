@@ -20,12 +20,12 @@ def boot_id() -> str:
         return socket.gethostname()  # a controller without /proc
 
 
-def process_namespace() -> str:
-    """Containers of one machine share its boot id, and not their processes."""
+def machine() -> str:
+    """Where process ids mean the same: containers of one machine share its boot id, and not their processes."""
     try:
-        return os.readlink("/proc/self/ns/pid")
+        return f"{boot_id()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return ""
+        return f"{boot_id()} "
 
 
 def begun(pid: int) -> str:
@@ -42,7 +42,7 @@ def owner() -> dict[str, Any]:
     return {
         "user": getpass.getuser(),
         "host": socket.gethostname(),
-        "boot": f"{boot_id()} {process_namespace()}",
+        "boot": machine(),
         "pid": pid,
         "begun": begun(pid),
     }
@@ -50,7 +50,7 @@ def owner() -> dict[str, Any]:
 
 def is_gone(holder: dict[str, Any]) -> bool:
     """Whether the holder is a process of this machine that is there no more."""
-    here = holder.get("boot") == f"{boot_id()} {process_namespace()}" and holder.get("host") == socket.gethostname()
+    here = holder.get("boot") == machine() and holder.get("host") == socket.gethostname()
     return here and begun(int(holder["pid"])) != holder.get("begun")
 
 

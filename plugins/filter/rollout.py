@@ -157,14 +157,21 @@ def moved_edges(
     def way(server: Mapping[str, Any]) -> str:
         return f"port {server['port']} {'with' if server['tls'] else 'without'} TLS"
 
+    wanted = set(serving)
     return [
         f"{edge} reaches {server['name']} by {way(known)}, and would by {way(server)} before that node has changed: "
         "this is an outage of the fleet: set glm_accept_downtime: true"
         for edge, known_servers in edges.items()
         for server in servers
-        if server["name"] in set(serving) and (known := known_servers.get(server["name"]))
+        if server["name"] in wanted and (known := known_servers.get(server["name"]))
         if (known["port"], known["tls"]) != (server["port"], server["tls"])
     ]
+
+
+def failure_text(result: Mapping[str, Any]) -> str:
+    """What a failed task says; of a loop, what its items say."""
+    items = [str(item.get("msg")) for item in result.get("results") or [] if item.get("failed")]
+    return "; ".join(items) or str(result.get("msg") or "see above")
 
 
 def fleet_baseline(
@@ -260,6 +267,7 @@ class FilterModule:
             "offering": offering,
             "moved_edges": moved_edges,
             "edge_servers": edge_servers,
+            "failure_text": failure_text,
             "fleet_baseline": fleet_baseline,
             "fleet_status": fleet_status,
             "status_table": status_table,

@@ -220,3 +220,11 @@ def test_what_every_gateway_offers_serves_now() -> None:
         "g2": {"a": server(), "b": server(), "d": server()},
     }
     assert rollout.serving_nodes(["a", "b", "c", "d"], {}, edges) == ["a"]
+
+
+def test_what_a_failed_task_says() -> None:
+    assert rollout.failure_text({"msg": "a\nb"}) == "a\nb"
+    assert (
+        rollout.failure_text({"msg": "One or more items failed", "results": [{"failed": True, "msg": "x"}, {}]}) == "x"
+    )
+    assert rollout.failure_text({"results": [{"failed": False, "msg": "x"}]}) == "see above"
