@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -98,8 +99,8 @@ class Fleet:
             return False
 
     @contextmanager
-    def load(self, name: str) -> Iterator[None]:
-        """Clients all through the block; not one of their requests may fail."""
+    def load(self, name: str) -> Iterator[dict[str, Any]]:
+        """Clients all through the block; not one of their requests may fail. What they saw is there afterwards."""
         process = subprocess.Popen(
             [sys.executable, FLEET / "load.py", str(SHORT), str(STREAMS), *GATEWAYS.values()],
             stdin=subprocess.PIPE,
@@ -111,8 +112,9 @@ class Fleet:
         process.stdin.write(self.key() + "\n")
         process.stdin.flush()
         time.sleep(3)
+        seen: dict[str, Any] = {}
         try:
-            yield
+            yield seen
             time.sleep(3)
         finally:
             process.terminate()
@@ -123,7 +125,9 @@ class Fleet:
                 self.total[count] += result[count]
             for kind in ("failed", "cut"):
                 self.total[kind] += len(result[kind])
-            self.say(f"{name}: {result['sent']} requests, {result['moves']} changes of a node, {result['nodes']}")
+            seen.update(result)
+            nodes = dict(sum(map(Counter, result["visits"].values()), Counter()))
+            self.say(f"{name}: {result['sent']} requests, {result['moves']} changes of a node, {nodes}")
         assert (result["failed"], result["cut"]) == ([], [])
         assert result["done"] == result["sent"] > ENOUGH
 

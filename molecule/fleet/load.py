@@ -34,7 +34,7 @@ class Load:
         self.cut: list[str] = []
         self.moves = 0
         self.homes: dict[str, str] = {}
-        self.nodes: collections.Counter[str] = collections.Counter()
+        self.visits: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         self.stop = asyncio.Event()
 
     async def session(self, number: int, stream: bool) -> None:
@@ -87,7 +87,7 @@ class Load:
         )
 
     def seen(self, session: str, node: str) -> None:
-        self.nodes[node] += 1
+        self.visits[session][node] += 1
         self.moves += self.homes.get(session, node) != node
         self.homes[session] = node
 
@@ -110,7 +110,7 @@ class Load:
             "streams": self.streams,
             "cut": self.cut,
             "moves": self.moves,
-            "nodes": dict(self.nodes),
+            "visits": self.visits,
         }
 
 

@@ -122,11 +122,28 @@ def test_sessions_leave_a_drained_node_alone_and_come_home(fleet: Fleet, first: 
     assert homes(fleet) == before
 
 
+def test_sessions_in_use_stay_on_their_node_except_while_it_is_drained(fleet: Fleet, first: str) -> None:
+    """Without the bound, by which a gateway sends some elsewhere while their node has more requests than others."""
+    run = fleet.play(gateway_balance_factor=0)
+    assert run.code == 0, run.messages
+    with fleet.load("a node drained and put back, no bound") as seen:
+        for verb in ("drain", "undrain"):
+            run = fleet.play("--limit", "fleet-2", playbook=f"playbooks/{verb}.yml")
+            assert run.code == 0, run.messages
+            time.sleep(5)
+    strayed = {session: nodes for session, nodes in seen["visits"].items() if len(nodes) > 1}
+    assert all("fleet-2" in nodes for nodes in strayed.values()), strayed
+    assert {next(iter(nodes)) for nodes in seen["visits"].values()} == set(NODES)
+    assert seen["moves"] == 2 * len(strayed) > 0, "away once, and home once"
+    run = fleet.play()
+    assert run.code == 0, run.messages
+
+
 def test_rolling_upgrade(fleet: Fleet, load: None) -> None:
-    """With a time to load that is still a sixth of a real engine's, which takes 15 minutes."""
+    """With a time to load that is still a fifth of a real engine's, which takes 15 minutes."""
     before = set(fleet.releases())
     began = time.monotonic()
-    run = fleet.play(seconds=900, light_release="2", light_load_seconds="150")
+    run = fleet.play(seconds=1100, light_release="2", light_load_seconds="180")
     wall = time.monotonic() - began
     assert run.code == 0, run.messages
     assert len(set(fleet.releases())) == 1 and set(fleet.releases()) != before
@@ -181,10 +198,21 @@ PHASES = ("Let its requests end", "Point to the release", "Verify what it serves
 @pytest.mark.parametrize("task", PHASES)
 def test_the_controller_is_killed_and_the_run_begun_again(fleet: Fleet, load: None, task: str) -> None:
     # The canary, then both others at once.
-    wanted = {"light_release": f"killed {task}", "glm_rollout_waves": [1, 2]}
+    kill_and_go_on(fleet, task, "site.yml", light_release=f"killed {task}", glm_rollout_waves=[1, 2])
+
+
+def test_the_controller_of_a_rollback_is_killed_and_the_run_begun_again(fleet: Fleet, load: None) -> None:
+    target = fleet.state("fleet-1")["previous"]
+    wanted = {"glm_release": target, "glm_rollout_waves": [1, 2]}
+    kill_and_go_on(fleet, "Point to the release", "playbooks/rollback.yml", **wanted)
+    assert fleet.releases() == [target] * 3
+
+
+def kill_and_go_on(fleet: Fleet, task: str, playbook: str, **wanted: Any) -> None:
+    """SIGKILL to the controller as the task has begun, then the same command once more."""
     settings = json.dumps({**SETTINGS, **wanted})
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
-    command = [f"{ROOT}/.venv/bin/ansible-playbook", "site.yml", "-i", str(INVENTORY), "-e", settings]
+    command = [f"{ROOT}/.venv/bin/ansible-playbook", playbook, "-i", str(INVENTORY), "-e", settings]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
@@ -195,7 +223,7 @@ def test_the_controller_is_killed_and_the_run_begun_again(fleet: Fleet, load: No
     time.sleep(1)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    run = fleet.play(seconds=400, **wanted)
+    run = fleet.play(seconds=400, playbook=playbook, **wanted)
     assert run.code == 0, run.messages
     assert len(set(fleet.releases())) == 1
     assert fleet.all_in()

@@ -37,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "gateway_server_timeout": "1h",
     "gateway_servers": [{"name": "node1", "address": "127.0.0.1", "port": 8001}],
     "gateway_edges": False,
+    "gateway_balance_factor": 150,
     "__gateway_own_address": [],
     "__gateway_key_digests": [hashlib.sha256(KEY.encode()).hexdigest()],
     "__gateway_certificate_digest": "",
@@ -47,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "open": {"gateway_auth": "none"},
     "tls": {"gateway_tls_certificate_file": "x", "__gateway_certificate_digest": "0" * 64},
     "a gateway": {"gateway_servers": THREE, "gateway_edges": True},
+    "a gateway without a bound": {"gateway_servers": THREE, "gateway_edges": True, "gateway_balance_factor": 0},
     "every address": {"gateway_bind_address": "::"},
     "one address": {"gateway_bind_address": "127.0.0.1"},
     "all at once": {
