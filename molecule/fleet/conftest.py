@@ -28,7 +28,13 @@ GATEWAYS = {"fleet-gateway-1": "http://198.18.71.5:8000", "fleet-gateway-2": "ht
 REAL = os.environ.get("FLEET_ENGINE") == "vllm"
 IMAGES = ["vllm/vllm-openai:light", *(["vllm/vllm-openai:glm52-cu129"] if REAL else [])]
 STALL = 60 if REAL else 15  # seconds until a watchdog calls an engine stalled
-SETTINGS: dict[str, Any] = {"glm_image": IMAGES[-1], "glm_watchdog_timeout": STALL}
+# Each engine would bind its worker to the first core, and one that is busy there starves the one that starts.
+REAL_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+SETTINGS: dict[str, Any] = {
+    "glm_image": IMAGES[-1],
+    "glm_watchdog_timeout": STALL,
+    "fleet_engine_env": REAL_ENV if REAL else {},
+}
 SHORT, STREAMS, ENOUGH = (3, 2, 20) if REAL else (24, 9, 100)
 
 
