@@ -22,6 +22,7 @@ $(VENV)/.done: requirements.txt requirements-test.txt
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || molecule/shared/docker-engine up # brings python3-venv
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet -r requirements-test.txt
+	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 .PHONY: venv

@@ -1,0 +1,1 @@
+"""The command line: the playbooks of this project with a live view, a journal of each run, and exit codes."""

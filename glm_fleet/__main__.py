@@ -1,0 +1,5 @@
+"""python -m glm_fleet"""
+
+from glm_fleet.cli import main
+
+main()

@@ -1,0 +1,389 @@
+"""The commands of glm-fleet."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from glm_fleet import inventory as inventories
+from glm_fleet import journal, tables
+from glm_fleet.errors import Exit, UsageProblem
+from glm_fleet.inventory import Inventory
+from glm_fleet.playbook import ROOT, Order, Outcome, Playbook, approve
+from glm_fleet.tables import Shown
+from glm_fleet.view import State, View, view
+
+EPILOG = """\b
+Exit codes:
+  0    all ok
+  2    usage: the command, the inventory, a file of this machine
+  10   a node failed; it was rolled back where it could be, and the rollout halted
+  11   a node could not be reached
+  12   refused before anything was changed
+  13   another rollout holds the lock
+  130  ended by Ctrl-C
+"""
+
+
+class Group(click.Group):
+    """Says what is wrong in one line, whichever command it was in."""
+
+    def main(self, *args: Any, **more: Any) -> Any:
+        try:
+            return super().main(*args, **{**more, "standalone_mode": False})
+        except click.exceptions.Exit as end:
+            sys.exit(end.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            sys.exit(Exit.INTERRUPTED)
+        except click.ClickException as problem:
+            where = problem.ctx.command_path if isinstance(problem, click.UsageError) and problem.ctx else "glm-fleet"
+            fail(f"{' '.join(problem.format_message().split())} Try: {where} --help", Exit.USAGE)
+        except UsageProblem as problem:
+            fail(str(problem), Exit.USAGE)
+
+
+def fail(line: str, code: Exit) -> None:
+    print(f"glm-fleet: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+@click.group(cls=Group, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Puts GLM-5.2 on HGX B200 nodes, and keeps it there.
+
+    Each command runs a playbook of this project, and shows it as it goes; what it does can also be done with
+    ansible-playbook alone.
+    """
+
+
+def nodes_completion(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """The nodes of the inventory, for the shell."""
+    try:
+        found = read_inventory(Path(ctx.params.get("inventory") or "inventory/lambda"))
+    except Exception:  # a completion never fails
+        return []
+    return [node for node in found.nodes if node.startswith(incomplete)]
+
+
+def runs_completion(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    try:
+        runs = runs_of(read_inventory(Path(ctx.params.get("inventory") or "inventory/lambda")), ctx.params.get("runs"))
+    except Exception:  # a completion never fails
+        return []
+    return [run.name for run in journal.known(runs) if run.name.startswith(incomplete)]
+
+
+def common(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command."""
+    options = [
+        click.option(
+            "-i", "--inventory", type=click.Path(path_type=Path), default=Path("inventory/lambda"), show_default=True,
+            is_eager=True, help="The inventory: a directory, or a file in it.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else."),
+        click.option(
+            "--runs", type=click.Path(path_type=Path), help="Where the journals go.  [default: results/INVENTORY/runs]"
+        ),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def running(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a command that runs a playbook over nodes."""
+    options = [
+        click.option("-e", "--extra-vars", multiple=True, metavar="NAME=VALUE|@FILE", help="A setting for this run."),
+        click.option(
+            "--vault-password-file", type=click.Path(exists=True, path_type=Path), help="For an encrypted inventory."
+        ),
+        click.option("--env", "keep", multiple=True, metavar="NAME", help="Let Ansible see this environment variable."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return common(function)
+
+
+NODES = click.argument("nodes", nargs=-1, shell_complete=nodes_completion)
+CHECK = click.option("--check", is_flag=True, help="Change nothing: show what would be changed.")
+WAVES = click.option("--waves", metavar="LIST", help='Nodes of each wave, such as "1,10%,25%".')
+BREAK_LOCK = click.option("--break-lock", is_flag=True, help="Take over the lock of another rollout.")
+
+
+@main.command(
+    epilog="\b\nExamples:\n  glm-fleet up -i inventory/lambda\n  glm-fleet up -i inventory/lambda node-1 --check"
+)
+@NODES
+@CHECK
+@BREAK_LOCK
+@running
+def up(nodes: tuple[str, ...], check: bool, break_lock: bool, **common: Any) -> None:
+    """Take bare nodes, or those that serve, to a verified endpoint (site.yml)."""
+    settings = {"glm_rollout_break_lock": True} if break_lock else {}
+    play("up", "site.yml", nodes, settings, waves=True, check=check, **common)
+
+
+@main.command(
+    epilog='\b\nExamples:\n  glm-fleet rollout -i inventory/lambda --waves "1,25%" --soak 300\n'
+    "  glm-fleet rollout -i inventory/lambda --pause -e glm_image=vllm/vllm-openai@sha256:..."
+)
+@NODES
+@CHECK
+@WAVES
+@click.option("--soak", type=click.IntRange(min=0), metavar="SECONDS", help="How long each node is watched afterwards.")
+@click.option("--pause", is_flag=True, help="Ask before each wave but the first.")
+@click.option("--max-failures", type=click.IntRange(min=0), metavar="N", help="Failed nodes that do not halt it.")
+@BREAK_LOCK
+@running
+def rollout(
+    nodes: tuple[str, ...],
+    *,
+    check: bool,
+    waves: str | None,
+    soak: int | None,
+    pause: bool,
+    max_failures: int | None,
+    break_lock: bool,
+    **common: Any,
+) -> None:
+    """Take the fleet to another release, wave by wave (site.yml)."""
+    wanted: dict[str, Any] = {
+        "glm_rollout_waves": wave_list(waves),
+        "glm_rollout_soak": soak,
+        "glm_rollout_pause": pause or None,
+        "glm_rollout_max_failures": max_failures,
+        "glm_rollout_break_lock": break_lock or None,
+    }
+    settings = {name: value for name, value in wanted.items() if value is not None}
+    play("rollout", "site.yml", nodes, settings, waves=True, check=check, **common)
+
+
+def wave_list(text: str | None) -> list[int | str] | None:
+    """From 1,10%,25% to what glm_rollout_waves takes, which judges the shares."""
+    waves: list[int | str] = []
+    for part in (text or "").split(",") if text is not None else []:
+        try:
+            waves.append(part.strip() if "%" in part else int(part))
+        except ValueError:
+            raise UsageProblem(f"--waves: {part.strip()!r} is neither a count nor a share such as 25%") from None
+    return waves or None
+
+
+@main.command(epilog="\b\nExample:\n  glm-fleet plan -i inventory/lambda")
+@NODES
+@running
+def plan(nodes: tuple[str, ...], **common: Any) -> None:
+    """Print what would be started on each node; none is contacted (playbooks/plan.yml)."""
+    play("plan", "playbooks/plan.yml", nodes, after=tables.commands, **common)
+
+
+@main.command(epilog="\b\nExample:\n  glm-fleet status -i inventory/lambda --json")
+@running
+def status(**common: Any) -> None:
+    """Show what each node serves and how it does (playbooks/status.yml)."""
+    play("status", "playbooks/status.yml", (), after=tables.status, **common)
+
+
+@main.command(epilog="\b\nExample:\n  glm-fleet verify -i inventory/lambda node-1")
+@NODES
+@running
+def verify(nodes: tuple[str, ...], **common: Any) -> None:
+    """Ask each node whether it serves what its release says (playbooks/verify.yml)."""
+    play("verify", "playbooks/verify.yml", nodes, after=tables.checks, **common)
+
+
+@main.command(epilog="\b\nExample:\n  glm-fleet bench -i inventory/lambda node-1 -e glm_benchmark=full")
+@NODES
+@running
+def bench(nodes: tuple[str, ...], **common: Any) -> None:
+    """Measure the engine of each node (playbooks/benchmark.yml)."""
+    play("bench", "playbooks/benchmark.yml", nodes, after=tables.benchmarks, **common)
+
+
+@main.command(
+    epilog="\b\nExamples:\n  glm-fleet rollback -i inventory/lambda\n  glm-fleet rollback node-1 --release 0123456789ab"
+)
+@NODES
+@click.option("--release", metavar="ID", help="The release to go to.  [default: the one before]")
+@WAVES
+@BREAK_LOCK
+@running
+def rollback(nodes: tuple[str, ...], release: str | None, waves: str | None, break_lock: bool, **common: Any) -> None:
+    """Take nodes back to the release before (playbooks/rollback.yml)."""
+    wanted: dict[str, Any] = {
+        "glm_release": release,
+        "glm_rollout_waves": wave_list(waves),
+        "glm_rollout_break_lock": break_lock or None,
+    }
+    settings = {name: value for name, value in wanted.items() if value is not None}
+    play("rollback", "playbooks/rollback.yml", nodes, settings, waves=True, **common)
+
+
+@main.command(epilog="\b\nExample:\n  glm-fleet drain -i inventory/lambda node-1")
+@click.argument("nodes", nargs=-1, required=True, shell_complete=nodes_completion)
+@running
+def drain(nodes: tuple[str, ...], **common: Any) -> None:
+    """Take nodes out of rotation once their requests have ended (playbooks/drain.yml)."""
+    play("drain", "playbooks/drain.yml", nodes, **common)
+
+
+@main.command(epilog="\b\nExample:\n  glm-fleet undrain -i inventory/lambda node-1")
+@click.argument("nodes", nargs=-1, required=True, shell_complete=nodes_completion)
+@running
+def undrain(nodes: tuple[str, ...], **common: Any) -> None:
+    """Verify nodes, and put them back into rotation (playbooks/undrain.yml)."""
+    play("undrain", "playbooks/undrain.yml", nodes, **common)
+
+
+@main.command(epilog="\b\nExamples:\n  glm-fleet report -i inventory/lambda\n  glm-fleet report --list")
+@click.argument("run", required=False, default="", shell_complete=runs_completion)
+@click.option("--list", "listed", is_flag=True, help="List the runs.")
+@common
+def report(run: str, listed: bool, inventory: Path, as_json: bool, runs: Path | None) -> None:
+    """Write a report from a journal: RUN's beside it, else again that of the last deployment."""
+    read = read_inventory(inventory)
+    directory = runs_of(read, runs)
+    if listed:
+        tables.runs(journal.known(directory), as_json)
+        return
+    found = journal.find(directory, run)
+    entries = found.entries()
+    if not entries:
+        raise UsageProblem(f"{run}: this run has deployed nothing, so it has no report: glm-fleet report --list")
+    target = found.directory if run else results_of(read)
+    settings = {"report_run": entries, "report_fail": False, "report_directory": str(target)}
+    order = Order("report", "playbooks/report.yml", read.path, settings=settings)
+    with tempfile.TemporaryDirectory(prefix="glm-fleet.") as scratch:
+        outcome, _ = execute(order, journal.create(Path(scratch), "report"), State("report", ()), silent=True)
+    if outcome.code is not Exit.OK:
+        fail("; ".join(outcome.messages), outcome.code)
+    tables.report(target / "report.json", as_json)
+
+
+def read_inventory(path: Path) -> Inventory:
+    # Of this project, wherever the command is called.
+    os.environ.setdefault("ANSIBLE_CONFIG", str(ROOT / "ansible.cfg"))
+    return inventories.read(path)
+
+
+def results_of(inventory: Inventory) -> Path:
+    return ROOT / "results" / inventory.name
+
+
+def runs_of(inventory: Inventory, runs: Path | None) -> Path:
+    return runs or results_of(inventory) / "runs"
+
+
+def extra_settings(texts: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
+    """Settings by value, which go into a file that nobody else can read, and the arguments for files."""
+    from ansible.errors import AnsibleError
+    from ansible.parsing.splitter import parse_kv
+
+    settings: dict[str, Any] = {}
+    files = []
+    for text in texts:
+        if text.startswith("@"):
+            path = Path(text[1:]).resolve()
+            if not path.is_file():
+                raise UsageProblem(f"-e {text}: there is no such file")
+            files += ["-e", f"@{path}"]
+        elif text.startswith("{"):
+            try:
+                settings.update(json.loads(text))
+            except ValueError as problem:
+                raise UsageProblem(f"-e: this is no JSON: {problem}") from problem
+        else:
+            try:
+                pairs = dict(parse_kv(text))
+            except AnsibleError as problem:
+                raise UsageProblem(f"-e: {problem}") from problem
+            if not pairs or "_raw_params" in pairs:
+                raise UsageProblem("-e: write NAME=VALUE, a JSON object, or @FILE")
+            settings.update(pairs)
+    return settings, files
+
+
+def play(
+    command: str,
+    playbook: str,
+    nodes: tuple[str, ...] = (),
+    settings: dict[str, Any] | None = None,
+    *,
+    inventory: Path,
+    as_json: bool,
+    runs: Path | None,
+    extra_vars: tuple[str, ...],
+    vault_password_file: Path | None,
+    keep: tuple[str, ...],
+    waves: bool = False,
+    check: bool = False,
+    after: Callable[[Shown, Console], None] | None = None,
+) -> None:
+    """Runs a playbook and ends with its exit code."""
+    read = read_inventory(inventory)
+    limit = read.limit(nodes)
+    more, arguments = extra_settings(extra_vars)
+    if vault_password_file:
+        arguments += ["--vault-password-file", str(vault_password_file.resolve())]
+    if check:
+        arguments += ["--check", "--diff"]
+    run = journal.create(runs_of(read, runs), command)
+    order = Order(
+        command,
+        playbook,
+        read.path,
+        limit,
+        {**(settings or {}), **more},
+        arguments,
+        keep=keep,
+        waves=waves and not check,
+    )
+    state = State(f"glm-fleet {command} · {read.name}", nodes or read.nodes)
+    outcome, state = execute(order, run, state, silent=as_json)
+    shown = Shown(state, results_of(read), run)
+    if as_json:
+        print(json.dumps(tables.summary(command, outcome, shown), indent=2, ensure_ascii=False))
+    else:
+        console = Console(highlight=False)
+        if after and outcome.code is Exit.OK:
+            after(shown, console)
+        tables.epilogue(console, resumed(), outcome, shown, deploys=waves and not check)
+    sys.exit(outcome.code)
+
+
+def resumed() -> str:
+    """The command as it was called, for who wants to run it again."""
+    return shlex.join(["glm-fleet", *sys.argv[1:]])
+
+
+def execute(order: Order, run: journal.Run, state: State, silent: bool) -> tuple[Outcome, State]:
+    """Runs it in a view that fits the terminal."""
+    console = Console(highlight=False)
+    with view(state, console, silent) as shown:
+
+        def listen(line: journal.Line) -> None:
+            shown.line(line)
+            if line["what"] == "approval":
+                ask(playbook, shown, console)
+
+        playbook = Playbook(order, run, listen)
+        return playbook.execute(), state
+
+
+def ask(playbook: Playbook, shown: View, console: Console) -> None:
+    """Whether the next wave may begin: at the terminal, or by a file."""
+    if not sys.stdin.isatty() or not console.is_terminal:
+        print(f"glm-fleet: to go on: echo yes > {playbook.approval_file}; to halt: echo no > ...", file=sys.stderr)
+        return
+    with suppress(click.Abort), shown.paused():
+        approve(playbook, click.confirm("This wave serves, verified. Go on with the next one?"))

@@ -1,0 +1,74 @@
+"""The hosts of an inventory, as Ansible reads it."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+from glm_fleet.errors import UsageProblem
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Where an inventory is, and the hosts of the two groups that count.
+
+    name: that of its results: its setting report_inventory_name, else its directory's.
+    """
+
+    path: Path
+    name: str
+    nodes: tuple[str, ...]
+    gateways: tuple[str, ...]
+
+    def limit(self, names: tuple[str, ...]) -> str:
+        """The --limit for these nodes; every gateway takes part. Empty for no limit.
+
+        Raises UsageProblem for a name that is no node of the inventory.
+        """
+        for name in names:
+            if name not in self.nodes:
+                raise UsageProblem(
+                    f"{name}: the inventory {self.path} has no such node (it has {', '.join(self.nodes)})"
+                )
+        return ",".join(names + self.gateways) if names else ""
+
+
+def read(path: Path) -> Inventory:
+    """Raises UsageProblem where it is missing, does not parse, or has no nodes."""
+    if not path.exists():
+        raise UsageProblem(f"{path}: there is no such inventory: pass one with -i, such as -i inventory/lambda")
+    # Also for the run itself: Ansible goes on without a file that it cannot read.
+    os.environ["ANSIBLE_INVENTORY_ANY_UNPARSED_IS_FAILED"] = "true"
+    from ansible.errors import AnsibleError  # it reads its configuration as it is imported
+    from ansible.inventory.manager import InventoryManager
+    from ansible.parsing.dataloader import DataLoader
+    from ansible.vars.manager import VariableManager
+
+    loader, said = DataLoader(), io.StringIO()
+    try:
+        with redirect_stdout(said), redirect_stderr(said):  # what is wrong is said once, and by us
+            manager = InventoryManager(loader=loader, sources=[str(path)])
+            groups = manager.get_groups_dict()
+    except AnsibleError as problem:
+        raise UsageProblem(f"{path}: the inventory does not parse: {_cause(said.getvalue(), problem)}") from problem
+    if not groups.get("nodes"):
+        raise UsageProblem(f"{path}: the inventory has no host in its group nodes: add one, as inventory/lambda shows")
+    directory = path if path.is_dir() else path.parent
+    first = manager.get_host(groups["nodes"][0])
+    own = VariableManager(loader=loader, inventory=manager).get_vars(host=first).get("report_inventory_name")
+    return Inventory(
+        path=path.resolve(),
+        name=str(own or directory.resolve().name),
+        nodes=tuple(groups["nodes"]),
+        gateways=tuple(groups.get("gateways", ())),
+    )
+
+
+def _cause(said: str, problem: Exception) -> str:
+    """What the first parser that fits the file has against it, in one line."""
+    found = re.search(r"<<< caused by >>>\s*(.*?)(?:\n\n|\Z)", said, re.S)
+    return " ".join((found[1] if found else str(problem)).split())

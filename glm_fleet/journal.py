@@ -1,0 +1,128 @@
+"""What happened in a run, in order, one JSON object a line; and what can be read from it afterwards.
+
+Each line has `at` (UTC, ISO 8601) and `what`:
+
+    begin     command, inventory, limit
+    play      play
+    wave      number (from 1), host             its turn begins
+    phase     host, phase                      what is being done to a node
+    approval  wave                             the answer to a pause is waited for
+    result    host, outcome (changed, failed, unreachable), role, task, seconds, message
+    progress  host, text                       of a long step
+    fact      host, name, value                verify, benchmark or command
+    entry     host, entry                      of the node in report.json
+    end       exit_code, messages, hosts
+
+A line holds what Ansible shows, never arguments, variables or the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from glm_fleet.errors import UsageProblem
+
+Line = dict[str, Any]
+KEPT = 50  # runs of an inventory
+
+
+@dataclass(frozen=True)
+class Run:
+    """The directory of a run, which nobody else can read."""
+
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def journal(self) -> Path:
+        return self.directory / "journal.jsonl"
+
+    @property
+    def output(self) -> Path:
+        """What ansible-playbook printed."""
+        return self.directory / "output.log"
+
+    def lines(self) -> Iterator[Line]:
+        """The lines that are whole: the last one of a run that was cut off may not be."""
+        for text in self.journal.read_text().splitlines():
+            try:
+                yield json.loads(text)
+            except ValueError:
+                return
+
+    def entries(self) -> dict[str, Any]:
+        """What the report is made of: the last entry of each node, and when the run began and ended."""
+        lines = list(self.lines())
+        found = {line["host"]: line["entry"] for line in lines if line["what"] == "entry"}
+        return {"entries": found, "started": lines[0]["at"], "finished": lines[-1]["at"]} if found else {}
+
+
+class Writer:
+    """Appends lines; each is on the disk of the controller at once, whatever becomes of the run."""
+
+    def __init__(self, run: Run) -> None:
+        self.file = os.fdopen(os.open(run.journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w")
+
+    def write(self, what: str, **facts: Any) -> Line:
+        line = {"at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "what": what, **facts}
+        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.file.flush()
+        return line
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def create(runs: Path, command: str) -> Run:
+    """A new run; the oldest ones beyond KEPT go. Raises UsageProblem where the directory cannot be written."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        for number in range(100):
+            directory = runs / f"{stamp}-{command}{f'-{number}' if number else ''}"
+            try:
+                directory.mkdir(mode=0o700)
+                break
+            except FileExistsError:
+                continue
+    except OSError as problem:
+        raise UsageProblem(
+            f"{runs}: the directory of the runs cannot be written ({problem.strerror}): mend it, or pass --runs DIR"
+        ) from problem
+    for old in [run for run in known(runs) if run.directory != directory][: -KEPT + 1]:
+        for file in (old.journal, old.output):
+            file.unlink(missing_ok=True)
+        if not any(old.directory.iterdir()):
+            old.directory.rmdir()
+    return Run(directory)
+
+
+def known(runs: Path) -> list[Run]:
+    """Every run with a journal, the oldest first."""
+    names = [path for path in runs.glob("*") if re.match(r"\d{8}T\d{6}-", path.name)] if runs.is_dir() else []
+    return sorted((Run(path) for path in names if Run(path).journal.exists()), key=lambda run: run.name)
+
+
+def find(runs: Path, name: str) -> Run:
+    """A run by its name, or the last one that has deployed something. Raises UsageProblem where there is none."""
+    found = known(runs)
+    if name:
+        wanted = [run for run in found if run.name == name]
+        if not wanted:
+            some = ", ".join(run.name for run in found[-5:]) or "none yet"
+            raise UsageProblem(f"{name}: there is no such run in {runs} (the last: {some})")
+        return wanted[0]
+    for run in reversed(found):
+        if run.entries():
+            return run
+    raise UsageProblem(f"{runs}: no run there has deployed anything yet: glm-fleet up")

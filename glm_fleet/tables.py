@@ -1,0 +1,196 @@
+"""What a command prints once it has run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from glm_fleet import journal
+from glm_fleet.errors import Exit
+from glm_fleet.playbook import Outcome
+from glm_fleet.view import State
+
+WIDE = 100  # columns from which a table shows all it has
+
+
+@dataclass
+class Shown:
+    """What a run has left: what was seen of its nodes, and where its files are."""
+
+    state: State
+    results: Path
+    run: journal.Run
+
+
+def grid(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim")
+    for column in columns:
+        table.add_column(column, no_wrap=True, overflow="ellipsis")
+    return table
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def short(value: Any) -> str:
+    """A digest or a commit as people tell them apart."""
+    return str(value or "-").removeprefix("sha256:")[:12]
+
+
+def status(shown: Shown, console: Console) -> None:
+    found = read_json(shown.results / "status.json")
+    wide = console.width >= WIDE
+    table = grid(
+        "NODE",
+        "ROTATION",
+        "PHASE",
+        "RELEASE",
+        *(["IMAGE", "WEIGHTS", "DRIVER", "IN FLIGHT", "VERIFIED"] if wide else []),
+    )
+    for node, seen in found.items():
+        rotation = str(seen.get("rotation") or "-")
+        phase = str(seen.get("phase") or "-")
+        cells: list[Any] = [
+            node,
+            Text(rotation, "green" if rotation == "in" else "yellow"),
+            Text(phase, "green" if phase == "serving" else "yellow"),
+            short(seen.get("release")),
+        ]
+        if wide:
+            verified = seen.get("verified") or {}
+            said = Text("-", "dim")
+            if verified:
+                said = (
+                    Text(str(verified["time"]), "")
+                    if verified["ok"]
+                    else Text("FAILED " + ", ".join(verified["failed"]), "red")
+                )
+            flight = seen.get("in_flight")
+            cells += [
+                short(seen.get("image_digest")),
+                short(seen.get("model_revision")),
+                str(seen.get("driver") or "-"),
+                "-" if flight is None else str(flight),
+                said,
+            ]
+        table.add_row(*cells)
+    console.print(table)
+    for node, seen in found.items():
+        if seen.get("reason"):
+            console.print(f"{node}: {seen['reason']}", style="yellow", markup=False, soft_wrap=True)
+
+
+def checks(shown: Shown, console: Console) -> None:
+    table = grid("NODE", "CHECK", "", "DETAIL")
+    for node, facts in shown.state.facts.items():
+        for check in facts.get("verify", {}).get("checks", []):
+            mark = Text("ok", "green") if check["ok"] else Text("FAILED", "bold red")
+            table.add_row(node, check["name"], mark, Text(str(check.get("detail", "")), "dim"))
+            node = ""  # noqa: PLW2901 (named once)
+    console.print(table)
+
+
+def benchmarks(shown: Shown, console: Console) -> None:
+    table = grid("NODE", "OUTPUT tok/s", "TOTAL tok/s", "TTFT mean ms", "TPOT mean ms", "FAILED")
+    for node, facts in shown.state.facts.items():
+        found = facts.get("benchmark")
+        if found:
+            figures = (found["output_tok_s"], found["total_tok_s"], found["ttft_ms"]["mean"], found["tpot_ms"]["mean"])
+            table.add_row(node, *(f"{figure:,.1f}" for figure in figures), str(found["failed"]))
+    console.print(table)
+
+
+def commands(shown: Shown, console: Console) -> None:
+    for facts in shown.state.facts.values():
+        if "command" in facts:
+            console.print(facts["command"], markup=False, soft_wrap=True)
+
+
+def runs(found: list[journal.Run], as_json: bool) -> None:
+    rows = []
+    for run in found:
+        lines = list(run.lines())
+        end = lines[-1] if lines and lines[-1]["what"] == "end" else None
+        began = lines[0]["at"] if lines else ""
+        rows.append({"run": run.name, "began": began, "exit_code": end["exit_code"] if end else None})
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = grid("RUN", "BEGAN", "EXIT CODE")
+    for row in rows:
+        code = row["exit_code"]
+        table.add_row(row["run"], row["began"], "cut off" if code is None else str(code))
+    Console(highlight=False).print(table)
+
+
+def report(path: Path, as_json: bool) -> None:
+    found = read_json(path)
+    if as_json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    console = Console(highlight=False)
+    table = grid("NODE", "", "RELEASE", "IMAGE", "REASON")
+    for node, entry in found["nodes"].items():
+        mark = Text("ok", "green") if entry["ok"] else Text("not ok", "bold red")
+        table.add_row(node, mark, short(entry["release"]), short(entry["image_digest"]), entry["reason"] or "")
+    console.print(table)
+    console.print(f"Report: {path.with_suffix('.html')}", style="dim", soft_wrap=True)
+
+
+def summary(command: str, outcome: Outcome, shown: Shown) -> dict[str, Any]:
+    """The result of a command as JSON."""
+    found: dict[str, Any] = {
+        "command": command,
+        "run": shown.run.name,
+        "exit_code": int(outcome.code),
+        "messages": outcome.messages,
+        "hosts": outcome.hosts,
+        "journal": str(shown.run.journal),
+    }
+    if shown.state.facts:
+        found["nodes"] = shown.state.facts
+    if command == "status":
+        found["status"] = read_json(shown.results / "status.json")
+    return found
+
+
+HINTS = {
+    Exit.FAILED: "a node failed",
+    Exit.UNREACHABLE: "a node could not be reached",
+    Exit.REFUSED: "refused, and nothing was changed",
+    Exit.LOCKED: "another rollout holds the lock",
+    Exit.USAGE: "it did not begin",
+}
+
+
+def epilogue(console: Console, again: str, outcome: Outcome, shown: Shown, deploys: bool) -> None:
+    """The last lines: how it ended, and where to look or what to run."""
+    errors = Console(stderr=True, highlight=False)
+    for message in outcome.messages:
+        for line in message.splitlines():
+            errors.print(f"glm-fleet: {line}", markup=False, soft_wrap=True)
+    if outcome.code is Exit.INTERRUPTED:
+        at = [
+            f"{node} ({seen['phase']})"
+            for node, seen in shown.state.nodes.items()
+            if seen["phase"] not in ("waiting", "done", "ok")
+        ]
+        where = f" in the middle of {', '.join(at)}" if at and not outcome.messages else ""
+        errors.print(f"glm-fleet: ended{where} as asked; to go on from here: {again}", markup=False, soft_wrap=True)
+    elif outcome.code is not Exit.OK:
+        errors.print(
+            f"glm-fleet: {HINTS[outcome.code]} (exit code {int(outcome.code)}); what Ansible said: {shown.run.output}",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+    elif deploys:
+        console.print(f"Report: {shown.results / 'report.html'}", markup=False, soft_wrap=True)

@@ -1,0 +1,224 @@
+"""What a run looks like: a table that is kept up to date in a terminal, else a line for each thing that happens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from glm_fleet.journal import Line
+
+STYLES = {
+    "done": "green",
+    "ok": "green",
+    "failed": "bold red",
+    "unreachable": "bold red",
+    "go back": "yellow",
+    "waiting": "dim",
+}
+NARROW = 64  # columns; below, a node's line has no detail beside it
+
+
+class State:
+    """What is known of each node, from the lines of the journal."""
+
+    def __init__(self, title: str, nodes: Sequence[str]) -> None:
+        self.title, self.begun = title, time.monotonic()
+        self.nodes: dict[str, dict[str, Any]] = {
+            node: {"phase": "waiting", "since": self.begun, "detail": "", "wave": 0} for node in nodes
+        }
+        self.play, self.wave, self.note = "", 0, ""
+        self.ended = 0.0
+        self.facts: dict[str, dict[str, Any]] = {}  # what a command was run for: checks, figures, commands
+
+    def take(self, line: Line) -> None:
+        what, node = line["what"], self.nodes.get(line.get("host", ""))
+        if what == "play":
+            self.play = line["play"]
+        elif what == "wave":
+            self.wave = line["number"]
+            if node:
+                node["wave"] = line["number"]
+        elif what == "phase" and node:
+            node.update(phase=line["phase"], since=time.monotonic(), detail="")
+        elif what == "progress" and node:
+            node["detail"] = line["text"]
+        elif what == "result" and node and line["outcome"] != "changed":
+            node["detail"] = line["message"].splitlines()[0] if line["message"] else ""
+        elif what == "fact":
+            self.facts.setdefault(line["host"], {})[line["name"]] = line["value"]
+        elif what == "approval":
+            self.note = "waiting for an answer: go on with the next wave?"
+        elif what == "interrupt":
+            self.note = "stopping" if line["now"] else "ending after the wave in hand; Ctrl-C again stops at once"
+        elif what == "end":
+            self.ended = time.monotonic()
+            for name, outcome in line["hosts"].items():
+                if name in self.nodes:
+                    done = outcome in ("ok", "changed")
+                    self.nodes[name]["phase"] = "done" if done else outcome
+                    self.nodes[name]["since"] = self.ended
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Silent:
+    """For --json: nothing but the result."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, at: TracebackType | None
+    ) -> None:
+        pass
+
+    def line(self, line: Line) -> None:
+        self.state.take(line)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While the user is asked something."""
+        yield
+
+
+class LiveView(Silent):
+    """The table. It is drawn some times a second, whatever comes in."""
+
+    def __init__(self, state: State, console: Console) -> None:
+        super().__init__(state)
+        self.console = console
+        self.spinner = Spinner("dots", style="cyan")
+        self.live = Live(console=console, refresh_per_second=4, get_renderable=self.render)
+
+    def __enter__(self) -> Self:
+        self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.live.stop()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self.live.stop()
+        yield
+        self.state.note = ""
+        self.live.start()
+
+    def line(self, line: Line) -> None:
+        self.state.take(line)
+        if line["what"] == "hangup":
+            self.console.quiet = True
+
+    def render(self) -> RenderableType:
+        state, width = self.state, self.console.width
+        now = state.ended or time.monotonic()
+        head = Text.assemble(
+            (state.title, "bold"), ("  ", ""), (clock(now - state.begun), "cyan"), overflow="ellipsis", no_wrap=True
+        )
+        if state.wave:
+            head.append(f"  wave {state.wave}", "magenta")
+        table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim", expand=width >= NARROW)
+        table.add_column("NODE", no_wrap=True, overflow="ellipsis")
+        if any(node["wave"] for node in state.nodes.values()) and width >= NARROW:
+            table.add_column("WAVE", justify="right")
+        table.add_column("PHASE", no_wrap=True, min_width=10)
+        table.add_column("FOR", justify="right", no_wrap=True, min_width=5)
+        if width >= NARROW:
+            table.add_column("", no_wrap=True, overflow="ellipsis", ratio=1)
+        for name, node in self._shown():
+            style = STYLES.get(node["phase"], "cyan")
+            cells: list[Any] = [name]
+            if any(other["wave"] for other in state.nodes.values()) and width >= NARROW:
+                cells.append(str(node["wave"] or ""))
+            elapsed = (
+                "" if node["phase"] in ("waiting", "done", "failed", "unreachable") else clock(now - node["since"])
+            )
+            cells += [Text(node["phase"], style), elapsed]
+            if width >= NARROW:
+                cells.append(Text(node["detail"], "red" if style == "bold red" else "dim"))
+            table.add_row(*cells)
+        foot = Text(state.note or state.play, "yellow" if state.note else "dim", overflow="ellipsis", no_wrap=True)
+        parts: list[RenderableType] = [head, table]
+        hidden = len(state.nodes) - len(self._shown())
+        if hidden:
+            counts: dict[str, int] = {}
+            for node in state.nodes.values():
+                counts[node["phase"]] = counts.get(node["phase"], 0) + 1
+            words = ", ".join(f"{count} {phase}" for phase, count in counts.items())
+            parts.append(Text(f"… {hidden} more; all: {words}", "dim", overflow="ellipsis", no_wrap=True))
+        if not state.ended:
+            line = Table.grid(padding=(0, 1))
+            line.add_column(width=1)
+            line.add_column(no_wrap=True, overflow="ellipsis")
+            line.add_row(self.spinner, foot)
+            parts.append(line)
+        return Group(*parts)
+
+    def _shown(self) -> list[tuple[str, dict[str, Any]]]:
+        """As many nodes as the terminal has lines for: those being worked on first."""
+        room = max(3, self.console.height - 5)
+        nodes = list(self.state.nodes.items())
+        if len(nodes) <= room:
+            return nodes
+        rank = {"failed": 0, "unreachable": 0, "waiting": 3, "done": 2}
+        ranked = sorted(range(len(nodes)), key=lambda index: (rank.get(nodes[index][1]["phase"], 1), index))
+        return [nodes[index] for index in sorted(ranked[:room])]
+
+
+class PlainView(Silent):
+    """For a log or a pipe: a line when a node goes into another phase, makes progress, or fails."""
+
+    def __init__(self, state: State, console: Console) -> None:
+        super().__init__(state)
+        self.console = console
+
+    def line(self, line: Line) -> None:
+        self.state.take(line)
+        what = line["what"]
+        if what == "hangup":
+            self.console.quiet = True
+        elif what == "phase":
+            self._say(line["host"], line["phase"])
+        elif what == "progress":
+            self._say(line["host"], line["text"])
+        elif what == "result" and line["outcome"] != "changed":
+            first = line["message"].splitlines()[0] if line["message"] else ""
+            self._say(line["host"], f"{line['outcome']}: {first}")
+        elif what in ("approval", "interrupt"):
+            self._say("", self.state.note)
+
+    def _say(self, host: str, text: str) -> None:
+        elapsed = clock(time.monotonic() - self.state.begun)
+        self.console.print(
+            f"{elapsed:>7}  {host}{'  ' if host else ''}{text}", markup=False, highlight=False, soft_wrap=True
+        )
+
+
+View = Silent
+
+
+def view(state: State, console: Console, silent: bool) -> View:
+    """The one that fits where the output goes."""
+    if silent:
+        return Silent(state)
+    return (
+        LiveView(state, console) if console.is_terminal and not console.is_dumb_terminal else PlainView(state, console)
+    )
