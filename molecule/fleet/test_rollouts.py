@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GATEWAYS, INVENTORY, NODES, OPENER, REAL, REAL_ENV, SETTINGS, Fleet
+from conftest import GATEWAYS, INVENTORY, NODES, REAL, REAL_ENV, SETTINGS
+from fleet import OPENER, Fleet
 from testbed import ROOT, SNAPSHOT, Run, differences
 
 # Of the engines' own times to stop and to start.

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
-from conftest import OPENER, REAL, STALL, Fleet
+from conftest import REAL, STALL
+from fleet import OPENER, Fleet
 
 # Until then it serves again: two looks of 10 s at most, the time for requests that will never end and for their
 # connections (10 s each), a start, and the checks of both edges.

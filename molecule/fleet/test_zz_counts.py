@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conftest import Fleet
+from fleet import Fleet
 
 ENOUGH = 10_000
 

@@ -21,7 +21,7 @@ PAUSE = 1.0  # seconds between two requests of a session
 LIMIT = 1800  # seconds after which it ends by itself, and has failed
 TOKENS = 40  # of a stream; the light engine makes one a word
 # Either engine knows the answer.
-QUESTION = yaml.safe_load((Path(__file__).parents[2] / "roles/verify/files/questions.yml").read_text())["sum"]
+QUESTION = yaml.safe_load((Path(__file__).resolve().parents[2] / "roles/verify/files/questions.yml").read_text())["sum"]
 
 
 class Load:

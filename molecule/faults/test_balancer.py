@@ -1,0 +1,163 @@
+"""The gateways: each takes part, and what they know of a node is put right by the next run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import CANARY, GATEWAYS, INVENTORY, Case
+
+FIRST, SECOND = GATEWAYS
+
+
+def other_inventory(directory: Path, old: str, new: str) -> Path:
+    """That of the scenario, with another line."""
+    hosts = (INVENTORY / "hosts.yml").read_text()
+    assert old in hosts
+    (directory / "hosts.yml").write_text(hosts.replace(old, new))
+    for name in ("group_vars", "keys"):
+        (directory / name).symlink_to(INVENTORY / name)
+    return directory
+
+
+@pytest.mark.vital
+@pytest.mark.fault("one of two cannot be reached at the start")
+def test_a_gateway_that_is_down_is_refused(case: Case) -> None:
+    case.fleet.run(
+        SECOND, "systemctl kill --signal=KILL ssh.service; systemctl stop ssh.socket ssh.service", check=False
+    )
+    try:
+        run = case.play(**case.next())
+    finally:
+        case.fleet.run(SECOND, "systemctl start ssh.service")
+    case.refused(run, r"^Nothing was changed: the gateway faults-gateway-2 was not reached")
+
+
+@pytest.mark.fault("one cannot be reached at the drain")
+def test_a_gateway_lost_at_the_drain(case: Case, release: str) -> None:
+    """The node stays where it is: nothing is stopped that a gateway may still send requests to."""
+    engine = case.fleet.engine(CANARY)
+    stopped = threading.Event()
+
+    def cut() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not stopped.is_set():
+            if case.fleet.state(CANARY)["phase"] == "draining":
+                case.fleet.run(
+                    SECOND,
+                    "systemctl kill --signal=KILL ssh.service; systemctl stop ssh.socket ssh.service",
+                    check=False,
+                )
+                return
+            time.sleep(0.1)
+
+    thread = threading.Thread(target=cut)
+    thread.start()
+    try:
+        run = case.play(seconds=300, **case.next())
+    finally:
+        stopped.set()
+        thread.join()
+        case.fleet.run(SECOND, "systemctl start ssh.service")
+    if run.code == 0:
+        case.what = "it was drained before the connection was lost; the rollout went on"
+        return
+    line = " ".join(run.messages[-1].split())
+    settings = {"light_release": "after the gateway"}
+    again = case.play(seconds=300, **settings)
+    kept = "the node kept its release" if case.fleet.engine(CANARY) == engine else "the node went back to its release"
+    case.converged(again, f"{kept} ({line[:160]}); the next run converged")
+
+
+@pytest.mark.fault("it does not know the node's name")
+def test_a_name_that_no_gateway_has(case: Case, tmp_path: Path) -> None:
+    inventory = other_inventory(tmp_path, "faults-2:", "faults-9:")
+    run = case.play("--limit", "faults-9", playbook="playbooks/drain.yml", inventory=inventory)
+    case.refused(run, r"this edge has no server faults-9 \(it has faults-1, faults-2\): run site\.yml")
+
+
+@pytest.mark.fault("it is reloaded during a drain")
+def test_a_reload_does_not_bring_a_drained_node_back(case: Case) -> None:
+    run = case.play("--limit", CANARY, playbook="playbooks/drain.yml")
+    assert run.code == 0, run.messages
+    for gateway in GATEWAYS:
+        case.fleet.run(gateway, "systemctl reload haproxy")
+    time.sleep(3)
+    assert {case.fleet.rotation(gateway)[CANARY].split()[0] for gateway in GATEWAYS} == {"out"}
+    run = case.play("--limit", CANARY, playbook="playbooks/undrain.yml")
+    assert run.code == 0, run.messages
+    case.what = "it stayed out on both, by the saved server state"
+
+
+ENDLESS = """
+import sys, httpx2
+key = sys.stdin.readline().strip()
+body = {"model": "glm-5.2-fp8", "stream": True, "messages": [{"role": "user", "content": "Say 100000 words"}],
+        "chat_template_kwargs": {"enable_thinking": False}}
+with httpx2.Client(timeout=600, trust_env=False) as client:
+    with client.stream("POST", "http://198.18.72.10:8000/v1/chat/completions", json=body,
+                       headers={"Authorization": f"Bearer {key}"}) as answer:
+        for line in answer.iter_lines():
+            if line:
+                print("token", flush=True)
+"""
+
+
+@pytest.mark.fault("a stream that never ends")
+def test_an_endless_stream_is_not_cut(case: Case, release: str) -> None:
+    """`abort`: the node keeps its release and goes on serving; `force` would cut what is left."""
+    client = subprocess.Popen([sys.executable, "-c", ENDLESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert client.stdin and client.stdout
+    client.stdin.write(case.fleet.key() + "\n")
+    client.stdin.flush()
+    assert client.stdout.readline() == "token\n"
+    drained: list[str] = []
+    reader = threading.Thread(target=lambda: drained.extend(client.stdout or []))
+    reader.start()
+    try:
+        run = case.play(**case.next(glm_rollout_drain_timeout=10))
+        case.rolled_back(run, r"faults-1: \d+ requests were still in flight after 10 s", release)
+        before = len(drained)
+        time.sleep(2)
+        assert client.poll() is None and len(drained) > before, "the stream was cut"
+        case.what += "; the stream goes on"
+    finally:
+        client.terminate()
+        client.wait()
+        reader.join()
+
+
+@pytest.mark.fault("the minimum would be undercut")
+def test_a_wave_that_takes_too_many(case: Case) -> None:
+    run = case.play(**case.next(), glm_rollout_waves=["100%"], glm_rollout_min_available=1)
+    case.refused(run, r"^Nothing was changed: wave 0 stops faults-1, faults-2 and leaves 0 of 2 serving nodes")
+
+
+@pytest.mark.vital
+@pytest.mark.fault("a node left drained by an earlier run")
+def test_a_node_left_drained_is_put_back(case: Case) -> None:
+    for gateway in GATEWAYS:
+        program = (
+            "import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/haproxy/admin.sock'); "
+            f"s.sendall(b'set server engines/{CANARY} state drain\\n'); print(s.makefile().read())"
+        )
+        case.fleet.run(gateway, f'python3 -c "{program}"')
+    assert not case.fleet.all_in()
+    case.converged(case.play(), "put back, verified, although its release had not changed")
+    assert case.fleet.all_in()
+
+
+@pytest.mark.fault("it dies, with two of them")
+def test_a_gateway_that_dies_comes_back_by_itself(case: Case) -> None:
+    case.spared = "connections of a HAProxy that is killed end with it"
+    case.began = time.monotonic()
+    case.fleet.run(FIRST, "systemctl kill --signal=KILL haproxy")
+    deadline = time.monotonic() + 60
+    while not case.fleet.accepts(FIRST):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    case.what = f"systemd started it again; it took requests after {time.monotonic() - case.began:.0f} s"

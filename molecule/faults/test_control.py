@@ -1,0 +1,220 @@
+"""The controller: nodes that cannot be reached, runs that are killed, and two that want the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CANARY, INVENTORY, NODES, OTHER, SETTINGS, Case
+from testbed import ROOT
+
+NO_SSH = "systemctl kill --signal=KILL ssh.service; systemctl stop ssh.socket ssh.service"
+
+
+def no_ssh(case: Case, node: str) -> None:
+    """The way to the node is gone; what runs there goes on."""
+    case.node(node).run(NO_SSH, check=False)
+
+
+def ssh_again(case: Case, node: str) -> None:
+    case.node(node).run("systemctl start ssh.service")
+
+
+def as_soon_as(case: Case, phase: str, act: Callable[[], object]) -> threading.Thread:
+    def wait() -> None:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline:
+            if case.fleet.state(CANARY)["phase"] == phase:
+                act()
+                return
+            time.sleep(0.1)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+@pytest.mark.vital
+@pytest.mark.fault("a node cannot be reached before")
+def test_an_unreachable_node_is_named_and_nothing_changes(case: Case) -> None:
+    no_ssh(case, OTHER)
+    try:
+        run = case.play(**case.next())
+    finally:
+        ssh_again(case, OTHER)
+    case.refused(run, r"^Nothing was changed\. Refused, as said above: faults-2")
+
+
+@pytest.mark.fault("the canary cannot be reached")
+def test_an_unreachable_canary(case: Case) -> None:
+    no_ssh(case, CANARY)
+    try:
+        run = case.play(**case.next())
+    finally:
+        ssh_again(case, CANARY)
+    case.refused(run, r"^Nothing was changed\. Refused, as said above: faults-1")
+
+
+@pytest.mark.parametrize(
+    ("phase", "words"),
+    [
+        pytest.param("draining", "during the drain", id="a node is lost during the drain"),
+        pytest.param("starting", "while its engine starts", id="a node is lost while its engine starts"),
+    ],
+)
+def test_a_node_lost_in_its_turn(phase: str, words: str, case: Case, release: str) -> None:
+    """It stays out of rotation, the rollout halts, and the next run finishes what was begun."""
+    other = case.fleet.engine(OTHER)
+    acting = as_soon_as(case, phase, lambda: no_ssh(case, CANARY))
+    try:
+        run = case.play(seconds=500, **case.next(light_load_seconds="15"), inference_service_reconnect_timeout=10)
+    finally:
+        acting.join()
+        ssh_again(case, CANARY)
+    assert run.code != 0
+    assert case.fleet.engine(OTHER) == other, "the other node was touched"
+    settings = {"light_release": f"after it was lost {words}"}
+    case.converged(
+        case.play(seconds=400, **settings), "it stayed out of rotation and the rollout halted; the next run converged"
+    )
+
+
+PHASES = (
+    "Read the node",
+    "Provide the engine's image",
+    "Let its requests end",
+    "Stop the engine gently",
+    "Point to the release",
+    "Start the engine and wait until it serves",
+    "Verify what it serves",
+    "Put the node into rotation",
+)
+
+
+def begin(settings: dict[str, Any], playbook: str = "site.yml") -> subprocess.Popen[str]:
+    """A run in a session of its own, whose output can be read as it comes."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
+    extra = json.dumps({**SETTINGS, **settings})
+    return subprocess.Popen(
+        [f"{ROOT}/.venv/bin/ansible-playbook", playbook, "-i", str(INVENTORY), "-e", extra],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def kill_at(process: subprocess.Popen[str], task: str) -> None:
+    assert process.stdout
+    seen = any(task in line for line in process.stdout)
+    assert seen, f"the run ended before {task}"
+    time.sleep(0.7)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        pytest.param(
+            task,
+            id=f"the controller is killed at: {task}",
+            marks=[pytest.mark.vital] * (task == "Point to the release"),
+        )
+        for task in PHASES
+    ],
+)
+def test_the_controller_is_killed_and_the_run_begun_again(task: str, case: Case) -> None:
+    wanted = case.next()
+    case.began = time.monotonic()
+    kill_at(begin(wanted), task)
+    case.converged(case.play(seconds=400, **wanted), "the same command, run again, converged")
+
+
+@pytest.mark.vital
+@pytest.mark.fault("two rollouts at once")
+def test_the_second_rollout_is_refused(case: Case) -> None:
+    process = begin(case.next(light_load_seconds="15"))
+    assert process.stdout
+    case.began = time.monotonic()
+    assert any("Take the nodes to the release" in line for line in process.stdout)
+    run = case.play(**case.next())
+    case.refused(run, r"another rollout holds the lock: ")
+    rest = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, rest[-2000:]
+
+
+@pytest.mark.fault("the connection is lost in a long copy")
+def test_a_lost_connection_does_not_end_a_copy(case: Case, release: str) -> None:
+    node = case.node()
+    settings = {"glm_model_revision": "2" * 40, "model_weights_directory": "/var/lib/glm/elsewhere"}
+
+    def lose() -> None:
+        deadline = time.monotonic() + 120
+        while node.run("systemctl is-active glm-weights", check=False).strip() not in ("active", "activating"):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.2)
+        time.sleep(1)
+        node.run(NO_SSH, check=False)
+        time.sleep(8)
+        node.run("systemctl start ssh.service")
+
+    losing = threading.Thread(target=lose)
+    losing.start()
+    try:
+        with case.mirror.hub(bytes_per_second=3_000_000):
+            run = case.play(seconds=500, **case.next(**settings))
+        losing.join()
+        assert "connection lost, reconnecting" in run.output, run.output[-3000:]
+        case.converged(run, "the copy went on without it, and the run found it again")
+        back = case.play(seconds=400, light_release="after the copy")
+        assert back.code == 0, back.messages
+    finally:
+        losing.join()
+        for name in NODES:
+            case.node(name).run("rm -rf /var/lib/glm/elsewhere", check=False)
+
+
+@pytest.mark.fault("the way back fails too")
+def test_a_rescue_that_fails(case: Case, release: str) -> None:
+    """The release before cannot start any more: the node stays out of rotation with its reason, then a run mends it."""
+    node = case.node()
+    run_file = f"/opt/glm/releases/{release}/run"
+    node.run(f"cp -p {run_file} /root/run.good")
+    acting = as_soon_as(case, "starting", lambda: node.run(f"sed -i '2i exit 7' {run_file}"))
+    run = case.play(seconds=400, **case.next(light_fault="exit-at-once"))
+    acting.join()
+    assert run.code != 0
+    state = case.fleet.state(CANARY)
+    assert state["phase"] == "failed" and f"going back to {release} failed too" in state["reason"], state
+    assert {case.fleet.rotation(gateway)[CANARY].split()[0] for gateway in case.fleet.gateways} == {"out"}
+    node.run(f"mv /root/run.good {run_file}")
+    settings = {"light_release": "after the rescue"}
+    case.converged(
+        case.play(seconds=400, **settings),
+        "stopped, out of rotation, with both reasons in its state; the next run mended it",
+    )
+
+
+@pytest.mark.fault("--limit leaves a gateway out")
+def test_limit(case: Case) -> None:
+    run = case.play("--limit", "faults-1,faults-gateway-1", **case.next())
+    case.refused(run, r"^Nothing was changed: the gateway faults-gateway-2 was not reached")
+
+
+@pytest.mark.fault("a node leaves the inventory in between")
+def test_a_node_that_left_the_inventory(case: Case, tmp_path: Path) -> None:
+    hosts = (INVENTORY / "hosts.yml").read_text()
+    line = "        faults-2: {ansible_host: 198.18.72.11}\n"
+    assert line in hosts
+    (tmp_path / "hosts.yml").write_text(hosts.replace(line, ""))
+    for name in ("group_vars", "keys"):
+        (tmp_path / name).symlink_to(INVENTORY / name)
+    run = case.play(inventory=tmp_path, glm_accept_downtime=True, **case.next())
+    case.refused(run, r"offers the node faults-2, which is not in the inventory")

@@ -1,0 +1,186 @@
+"""The host: what a node shows as it is judged, before anything is changed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+from conftest import CANARY, NODES, Case
+from machines import Machine
+
+XID = "NVRM: Xid (PCI:0000:1b:00): 79, pid=1, GPU has fallen off the bus."
+DROP = "NVRM: GPU 0000:43:00.0: GPU has fallen off the bus."
+
+
+def kernel_says(line: str) -> Callable[[Machine], AbstractContextManager[None]]:
+    """A line in the kernel log of the node, until the journal forgets it as after a reboot."""
+
+    @contextmanager
+    def said(node: Machine) -> Iterator[None]:
+        node.run(f"printf '4,1,0,-;{line}\\n' > /dev/kmsg")
+        try:
+            yield
+        finally:
+            node.run("journalctl --quiet --rotate && journalctl --quiet --vacuum-time=1s")
+
+    return said
+
+
+@contextmanager
+def small_shm(node: Machine) -> Iterator[None]:
+    size = node.run("findmnt -no SIZE -b /dev/shm").strip()
+    node.run("mount -o remount,size=64m /dev/shm")
+    try:
+        yield
+    finally:
+        node.run(f"mount -o remount,size={size} /dev/shm")
+
+
+@contextmanager
+def few_inodes(node: Machine) -> Iterator[None]:
+    node.run("mkdir -p /srv/few && mount -t tmpfs -o size=8g,nr_inodes=40 tmpfs /srv/few")
+    try:
+        yield
+    finally:
+        node.run("umount /srv/few && rmdir /srv/few")
+
+
+LATE = "/usr/local/bin/python3-late"
+LATE_FILES = {
+    "/usr/local/lib/late/sitecustomize.py": "import time\nnow = time.time\ntime.time = lambda: now() - 3600\n",
+    LATE: '#!/bin/sh\nPYTHONPATH=/usr/local/lib/late exec /usr/bin/python3 "$@"\n',
+}
+
+
+@contextmanager
+def late_clock(node: Machine) -> Iterator[None]:
+    """Containers share the kernel's clock, so it is the Python of the node that is an hour late."""
+    node.run("mkdir -p /usr/local/lib/late")
+    for path, content in LATE_FILES.items():
+        node.run(f"cat > {path} && chmod 755 {path}", stdin=content)
+    try:
+        yield
+    finally:
+        node.run(f"rm -rf {' '.join(LATE_FILES)} /usr/local/lib/late")
+
+
+# How the canary is broken, the settings of the run, and the one line.
+FAULTS: dict[str, tuple[Callable[[Machine], AbstractContextManager[None]], dict[str, Any], str]] = {
+    "7 of 8 GPUs": (
+        lambda node: node.machine(count=7),
+        {},
+        r"^gpu_count: the number of GPUs is wrong \(found 7, wanted 8\)",
+    ),
+    "the fabric is in progress": (
+        lambda node: node.machine(gpus={"3": {"fabric_state": "In Progress", "fabric_status": "N/A"}}),
+        {},
+        r"^fabric: the NVLink fabric is not ready \(found In Progress/N/A on GPU 3",
+    ),
+    "the driver is too old": (
+        lambda node: node.machine(),
+        {"preflight_min_driver_version": "570.900.00"},
+        r"^driver_version: the driver is too old for the GPU",
+    ),
+    "library and module differ": (
+        lambda node: node.other_library("570.195.03"),
+        {},
+        r"^(reboot|driver_library): ",
+    ),
+    "a fatal Xid": (kernel_says(XID), {}, r"^xid: "),
+    "a GPU off the bus without an Xid": (kernel_says(DROP), {}, r"^bus_drop: "),
+    "a GPU that wants a reset": (
+        lambda node: node.machine(gpus={"2": {"recovery_action": "Reset"}}),
+        {},
+        r"^gpu_recovery: ",
+    ),
+    "ECC errors that count": (lambda node: node.machine(gpus={"5": {"ecc_volatile_dram": 3}}), {}, r"^ecc: "),
+    "a row remap that failed": (
+        lambda node: node.machine(gpus={"5": {"remapped_failure": "Yes"}}),
+        {},
+        r"remap",
+    ),
+    "a small /dev/shm": (small_shm, {}, r"^shared_memory: "),
+    "no inodes left": (few_inodes, {"glm_data_dir": "/srv/few"}, r"^inodes: "),
+    "a clock an hour late": (
+        late_clock,
+        {"ansible_python_interpreter": LATE},
+        r"^clock: the clock differs",
+    ),
+    "a foreign process on a GPU": (
+        lambda node: node.machine(processes=[{"gpu": 0, "pid": 1, "name": "/usr/bin/python3", "memory": 1024}]),
+        {},
+        r"^gpu_process: ",
+    ),
+}
+VITAL = ("7 of 8 GPUs", "the fabric is in progress", "library and module differ")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, id=name, marks=[pytest.mark.vital] * (name in VITAL)) for name in FAULTS]
+)
+def test_it_is_refused(name: str, case: Case) -> None:
+    fault, settings, line = FAULTS[name]
+    engines = [case.fleet.engine(node) for node in NODES]
+    settings = dict(settings)
+    interpreter = settings.pop("ansible_python_interpreter", "")
+    with fault(case.node()):
+        if interpreter:
+            case.node(NODES[1]).run(f"ln -sf /usr/bin/python3 {interpreter}")
+            settings["ansible_python_interpreter"] = interpreter
+        run = case.play(**case.next(**settings))
+    case.refused(run, line)
+    assert [case.fleet.engine(node) for node in NODES] == engines
+
+
+@pytest.mark.fault("the CDI file is gone")
+def test_the_cdi_file_is_made_again(case: Case, release: str) -> None:
+    case.node().run("rm -f /etc/cdi/nvidia.yaml /var/run/cdi/nvidia.yaml")
+    case.converged(case.play(**case.next()), "made again as the node was prepared, before its turn")
+    assert case.node().run("ls /etc/cdi/nvidia.yaml /var/run/cdi/nvidia.yaml 2>/dev/null; true").strip()
+
+
+def during(case: Case, phase: str, act: Callable[[], object]) -> threading.Thread:
+    """Does it to the canary as soon as its state says so."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline:
+            if case.fleet.state(CANARY)["phase"] == phase:
+                act()
+                return
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+@pytest.mark.fault("a reboot while the engine starts")
+def test_a_reboot_in_the_middle(case: Case, release: str) -> None:
+    """The run loses the node, and leaves it out of rotation; the next one finishes what was begun."""
+    acting = during(case, "starting", lambda: case.node().run("systemctl reboot", check=False))
+    run = case.play(seconds=500, **case.next(light_load_seconds="20"), inference_service_reconnect_timeout=5)
+    acting.join()
+    first = (
+        "finished all the same"
+        if run.code == 0
+        else f"the run ended ({run.messages[-1].splitlines()[0] if run.messages else 'node lost'})"
+    )
+    settings = {"light_release": "after the reboot"}
+    case.converged(case.play(seconds=400, **settings), f"{first}; the next run converged")
+
+
+@pytest.mark.vital
+@pytest.mark.fault("dockerd restarts while the engine starts")
+def test_dockerd_restarts_in_the_middle(case: Case, release: str) -> None:
+    acting = during(case, "starting", lambda: case.node().run("systemctl restart docker"))
+    run = case.play(seconds=400, **case.next(light_load_seconds="20"))
+    acting.join()
+    if run.code == 0:
+        case.converged(run, "the engine was started once more, and the rollout went on")
+    else:
+        case.rolled_back(run, r"faults-1: release .* failed: .*serves again", release)
