@@ -9,19 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import CANARY, GATEWAYS, INVENTORY, Case
+from conftest import CANARY, GATEWAYS, Case
 
 FIRST, SECOND = GATEWAYS
-
-
-def other_inventory(directory: Path, old: str, new: str) -> Path:
-    """That of the scenario, with another line."""
-    hosts = (INVENTORY / "hosts.yml").read_text()
-    assert old in hosts
-    (directory / "hosts.yml").write_text(hosts.replace(old, new))
-    for name in ("group_vars", "keys"):
-        (directory / name).symlink_to(INVENTORY / name)
-    return directory
 
 
 @pytest.mark.vital
@@ -75,7 +65,7 @@ def test_a_gateway_lost_at_the_drain(case: Case, release: str) -> None:
 
 @pytest.mark.fault("it does not know the node's name")
 def test_a_name_that_no_gateway_has(case: Case, tmp_path: Path) -> None:
-    inventory = other_inventory(tmp_path, "faults-2:", "faults-9:")
+    inventory = case.fleet.other_inventory(tmp_path, "faults-2:", "faults-9:")
     run = case.play("--limit", "faults-9", playbook="playbooks/drain.yml", inventory=inventory)
     case.refused(run, r"this edge has no server faults-9 \(it has faults-1, faults-2\): run site\.yml")
 

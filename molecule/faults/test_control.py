@@ -210,11 +210,6 @@ def test_limit(case: Case) -> None:
 
 @pytest.mark.fault("a node leaves the inventory in between")
 def test_a_node_that_left_the_inventory(case: Case, tmp_path: Path) -> None:
-    hosts = (INVENTORY / "hosts.yml").read_text()
-    line = "        faults-2: {ansible_host: 198.18.72.11}\n"
-    assert line in hosts
-    (tmp_path / "hosts.yml").write_text(hosts.replace(line, ""))
-    for name in ("group_vars", "keys"):
-        (tmp_path / name).symlink_to(INVENTORY / name)
-    run = case.play(inventory=tmp_path, glm_accept_downtime=True, **case.next())
+    inventory = case.fleet.other_inventory(tmp_path, "        faults-2: {ansible_host: 198.18.72.11}\n", "")
+    run = case.play(inventory=inventory, glm_accept_downtime=True, **case.next())
     case.refused(run, r"offers the node faults-2, which is not in the inventory")

@@ -37,16 +37,6 @@ def one_line(run: Run, line: str) -> bool:
     return any(line in text for message in run.messages for text in message.splitlines())
 
 
-def other_inventory(directory: Path, old: str, new: str) -> Path:
-    """The fleet's, with another line in its hosts.yml."""
-    hosts = (INVENTORY / "hosts.yml").read_text()
-    assert old in hosts
-    (directory / "hosts.yml").write_text(hosts.replace(old, new))
-    for name in ("group_vars", "keys"):
-        (directory / name).symlink_to(INVENTORY / name)
-    return directory
-
-
 def node_of(fleet: Fleet, session: str, gateway: str) -> str:
     """Where a session is answered."""
     body = {"model": "glm-5.2-fp8", "messages": [{"role": "user", "content": "hello"}]}
@@ -183,7 +173,7 @@ def test_a_node_that_fails_in_a_wave_with_one_that_does_not(fleet: Fleet, load: 
     """The good one ends on the new release, the bad one on its old one, both in rotation; no further wave begins."""
     before = fleet.releases()
     line = "fleet-2: {ansible_host: 198.18.71.11"
-    inventory = other_inventory(tmp_path, line, f"{line}, light_fault: exit-at-once")
+    inventory = fleet.other_inventory(tmp_path, line, f"{line}, light_fault: exit-at-once")
     run = fleet.play(seconds=300, inventory=inventory, light_release="3", glm_rollout_waves=[2])
     assert run.code != 0
     good, bad, later = fleet.releases()
@@ -317,14 +307,14 @@ FLEET_3 = "        fleet-3: {ansible_host: 198.18.71.12}\n"
 
 
 def test_a_node_that_left_the_inventory_must_be_drained(fleet: Fleet, first: str, tmp_path: Path) -> None:
-    run = fleet.play(seconds=120, inventory=other_inventory(tmp_path, FLEET_3, ""))
+    run = fleet.play(seconds=120, inventory=fleet.other_inventory(tmp_path, FLEET_3, ""))
     assert run.code != 0
     assert one_line(run, "offers the node fleet-3, which is not in the inventory"), run.messages
     assert fleet.all_in()
 
 
 def test_a_node_that_no_gateway_knows_is_refused(fleet: Fleet, first: str, tmp_path: Path) -> None:
-    inventory = other_inventory(tmp_path, "fleet-3:", "fleet-9:")
+    inventory = fleet.other_inventory(tmp_path, "fleet-3:", "fleet-9:")
     run = fleet.play("--limit", "fleet-9", playbook="playbooks/drain.yml", inventory=inventory)
     assert run.code != 0
     # Of an item of a loop, not of the task.
@@ -344,7 +334,7 @@ def test_a_node_leaves_and_joins(fleet: Fleet, load: None, tmp_path: Path) -> No
     assert fleet.run("fleet-3", "ls /var/lib/glm/models"), "the weights are kept"
     again = fleet.play("--limit", "fleet-3", playbook="playbooks/teardown.yml")
     assert (again.code, again.recap("changed")) == (0, 0), again.messages
-    run = fleet.play(seconds=300, inventory=other_inventory(tmp_path, FLEET_3, ""))
+    run = fleet.play(seconds=300, inventory=fleet.other_inventory(tmp_path, FLEET_3, ""))
     assert run.code == 0, run.messages
     assert all(set(fleet.rotation(gateway)) == {"fleet-1", "fleet-2"} for gateway in GATEWAYS)
     run = fleet.play(seconds=400)

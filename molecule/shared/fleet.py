@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from machines import Machine
@@ -36,6 +37,15 @@ class Fleet:
     def play(self, *arguments: str, seconds: int = 300, **settings: Any) -> Run:
         """A playbook over the fleet, with the settings of the engine."""
         return self.playbook(*arguments, seconds=seconds * self.patience, **{**self.settings, **settings})
+
+    def other_inventory(self, directory: Path, old: str, new: str) -> Path:
+        """That of the fleet, with another line in its hosts.yml."""
+        hosts = (self.playbook.inventory / "hosts.yml").read_text()
+        assert old in hosts
+        (directory / "hosts.yml").write_text(hosts.replace(old, new))
+        for name in ("group_vars", "keys"):
+            (directory / name).symlink_to(self.playbook.inventory / name)
+        return directory
 
     def machine(self, host: str) -> Machine:
         return Machine(f"glm-{host}")
