@@ -184,7 +184,8 @@ def wave_list(text: str | None) -> list[int | str] | None:
 @running
 def plan(nodes: tuple[str, ...], **common: Any) -> None:
     """Print what would be started on each node; none is contacted (playbooks/plan.yml)."""
-    play("plan", "playbooks/plan.yml", nodes, after=tables.commands, **common)
+    # It shows the engine's environment, which may hold a secret.
+    play("plan", "playbooks/plan.yml", nodes, after=tables.commands, kept=False, **common)
 
 
 @main.command(epilog="\b\nExample:\n  glm-fleet status -i inventory/lambda --json")
@@ -328,8 +329,9 @@ def play(
     waves: bool = False,
     check: bool = False,
     after: Callable[[Shown, Console], None] | None = None,
+    kept: bool = True,
 ) -> None:
-    """Runs a playbook and ends with its exit code."""
+    """Runs a playbook and ends with its exit code; with `kept` its journal stays."""
     read = read_inventory(inventory)
     limit = read.limit(nodes)
     more, arguments = extra_settings(extra_vars)
@@ -337,7 +339,8 @@ def play(
         arguments += ["--vault-password-file", str(vault_password_file.resolve())]
     if check:
         arguments += ["--check", "--diff"]
-    run = journal.create(runs_of(read, runs), command)
+    scratch = None if kept else tempfile.TemporaryDirectory(prefix="glm-fleet.")
+    run = journal.create(Path(scratch.name) if scratch else runs_of(read, runs), command)
     order = Order(
         command,
         playbook,
@@ -358,6 +361,8 @@ def play(
         if after and outcome.code is Exit.OK:
             after(shown, console)
         tables.epilogue(console, resumed(), outcome, shown, deploys=waves and not check)
+    if scratch:
+        scratch.cleanup()
     sys.exit(outcome.code)
 
 
@@ -367,8 +372,8 @@ def resumed() -> str:
 
 
 def execute(order: Order, run: journal.Run, state: State, silent: bool) -> tuple[Outcome, State]:
-    """Runs it in a view that fits the terminal."""
-    console = Console(highlight=False)
+    """Runs it in a view that fits the terminal; stdout is for the result."""
+    console = Console(stderr=True, highlight=False)
     with view(state, console, silent) as shown:
 
         def listen(line: journal.Line) -> None:

@@ -31,7 +31,7 @@ PHASES: tuple[tuple[str, str, str], ...] = (
 )
 # What a command is run for, by the variable that holds it.
 FACTS = {"__verify_result": "verify", "__benchmark_result": "benchmark"}
-COMMAND = "Show the command"
+COMMAND = "Show the engine's command and environment"
 WAVES = "Take the nodes to the release"  # the play that goes through them
 APPROVAL = "Wait for an approval"
 PROGRESS = re.compile(r"^(?P<host>\S+) · (?P<text>\S+ · .*)$")

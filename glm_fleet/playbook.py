@@ -121,7 +121,7 @@ class Playbook:
                 private_data_dir=str(self.private),
                 project_dir=str(ROOT),
                 playbook=str(ROOT / self.order.playbook),
-                cmdline=_quoted(command),
+                cmdline=shlex.join(command),
                 quiet=True,
                 settings={"pexpect_timeout": 1, "suppress_output_file": True},
             )
@@ -151,35 +151,43 @@ class Playbook:
         return False  # ansible-runner need not keep it
 
     def _outcome(self, rc: int) -> Outcome:
-        stats = self.translator.stats
-        hosts = {}
-        for host in stats.get("processed", {}):
-            marks = (("unreachable", "dark"), ("failed", "failures"), ("changed", "changed"))
-            hosts[host] = next((mark for mark, name in marks if stats[name].get(host)), "ok")
-        bad = [line for line in self.results if line["outcome"] in ("failed", "unreachable")]
-        messages = [
-            line["message"] for line in last_of_each(bad) if hosts.get(line["host"]) in ("failed", "unreachable")
-        ]
+        seen = self.translator
         if self.asked and (self.now or rc):
-            return Outcome(Exit.INTERRUPTED, [] if self.now else unique(messages), hosts)
-        if rc == 0:
-            return Outcome(Exit.OK, [], hosts)
-        if not stats:  # Ansible did not come as far as a play
-            wrong = [line for line in self.said if re.match(r"\[?ERROR", line)]
-            cause = re.sub(r"^\[?ERROR\]?[:!]*\s*", "", " ".join(wrong[:1]))
-            return Outcome(
-                Exit.USAGE, [cause or " ".join(self.said[-1:]) or f"ansible-playbook ended with {rc}"], hosts
-            )
-        if any(line.get("locked") for line in bad):
-            code = Exit.LOCKED
-            messages = [line["message"] for line in bad if line.get("locked")]
-        elif stats["dark"]:
-            code = Exit.UNREACHABLE
-        elif not stats["changed"] and not self.translator.wave:
-            code = Exit.REFUSED
-        else:
-            code = Exit.FAILED
-        return Outcome(code, unique(messages), hosts)
+            ended = judge(rc, seen.stats, self.results, self.said, seen.wave)
+            return Outcome(Exit.INTERRUPTED, [] if self.now else ended.messages, ended.hosts)
+        return judge(rc, seen.stats, self.results, self.said, seen.wave)
+
+
+def judge(
+    rc: int, stats: dict[str, dict[str, int]], results: list[journal.Line], said: list[str], wave: int
+) -> Outcome:
+    """The exit code and the words for a run.
+
+    rc: that of ansible-playbook
+    stats: its counts by name and host; empty where it did not come as far as a play
+    results: the journal's lines of that kind
+    said: what it printed beside its events
+    wave: the last wave that began, from 1; 0 for none
+    """
+    hosts = {}
+    for host in stats.get("processed", {}):
+        marks = (("unreachable", "dark"), ("failed", "failures"), ("changed", "changed"))
+        hosts[host] = next((mark for mark, name in marks if stats[name].get(host)), "ok")
+    bad = [line for line in results if line["outcome"] in ("failed", "unreachable")]
+    last = [line["message"] for line in last_of_each(bad) if hosts.get(line["host"]) in ("failed", "unreachable")]
+    locked = [line["message"] for line in bad if line.get("locked")]
+    if rc == 0:
+        return Outcome(Exit.OK, [], hosts)
+    if not stats:
+        wrong = [line for line in said if re.match(r"\[?ERROR", line)] or said[-1:]
+        cause = re.sub(r"^\[?ERROR\]?[:!]*\s*", "", " ".join(wrong[:1]))
+        return Outcome(Exit.USAGE, [cause or f"ansible-playbook ended with {rc}"], hosts)
+    if locked:
+        return Outcome(Exit.LOCKED, unique(locked), hosts)
+    if stats["dark"]:
+        return Outcome(Exit.UNREACHABLE, unique(last), hosts)
+    code = Exit.FAILED if stats["changed"] or wave else Exit.REFUSED
+    return Outcome(code, unique(last), hosts)
 
 
 def last_of_each(lines: list[journal.Line]) -> list[journal.Line]:
@@ -190,10 +198,6 @@ def last_of_each(lines: list[journal.Line]) -> list[journal.Line]:
 
 def unique(messages: list[str]) -> list[str]:
     return list(dict.fromkeys(messages))
-
-
-def _quoted(arguments: list[str]) -> str:
-    return shlex.join(arguments)
 
 
 def approve(playbook: Playbook, answer: bool) -> None:

@@ -50,7 +50,7 @@ class State:
         elif what == "phase" and node:
             node.update(phase=line["phase"], since=time.monotonic(), detail="")
         elif what == "progress" and node:
-            node["detail"] = line["text"]
+            node["detail"] = line["text"].partition(" · ")[2] or line["text"]  # the phase says which unit
         elif what == "result" and node and line["outcome"] != "changed":
             node["detail"] = line["message"].splitlines()[0] if line["message"] else ""
         elif what == "fact":

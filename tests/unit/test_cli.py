@@ -1,0 +1,294 @@
+"""The command line: what it makes of Ansible's events, what it keeps, and one line for each wrong call."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from glm_fleet import journal
+from glm_fleet.errors import Exit, UsageProblem
+from glm_fleet.events import Translator
+from glm_fleet.playbook import KEPT, judge
+from glm_fleet.view import LiveView, PlainView, State
+
+ROOT = Path(__file__).resolve().parents[2]
+INVENTORY = """\
+all:
+  children:
+    nodes:
+      hosts: {node-1: {ansible_host: 192.0.2.1}, node-2: {ansible_host: 192.0.2.2}}
+"""
+
+
+def glm_fleet(*arguments: str, columns: int = 80, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "glm_fleet", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": str(columns), **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture
+def inventory(tmp_path: Path) -> Path:
+    directory = tmp_path / "site"
+    directory.mkdir()
+    (directory / "hosts.yml").write_text(INVENTORY)
+    return directory
+
+
+# --- events ---
+
+
+def ran(kind: str, host: str, task: str, role: str = "", **result: Any) -> dict[str, Any]:
+    data = {"host": host, "task": task, "role": role, "task_uuid": task, "res": result, "duration": 1.25}
+    return {"event": f"runner_on_{kind}", "event_data": data}
+
+
+WAVE = {"event": "playbook_on_play_start", "event_data": {"name": "Take the nodes to the release"}}
+
+
+def test_events_become_what_happened() -> None:
+    translator = Translator()
+    events = [
+        WAVE,
+        ran("start", "node-1", "Name the run"),
+        ran("ok", "node-1", "Take the node out of rotation on every edge", "rotation", changed=True),
+        {"event": "verbose", "stdout": "node-1 · glm-weights.service · 40 % of 12 GB, 1.2 GB/s, 6 s left\n"},
+        ran("ok", "node-1", "Put the node's entry together", "report", ansible_facts={"__report_node": {"ok": True}}),
+        ran("failed", "node-1", "Hold the lock", holder={"user": "alice"}, mine=False, msg="another rollout"),
+    ]
+    facts = [fact for event in events for fact in translator.translate(event)]
+    assert [what for what, _ in facts] == ["play", "wave", "phase", "result", "progress", "entry", "result"]
+    assert facts[1][1] == {"number": 1, "host": "node-1"}
+    assert facts[2][1] == {"host": "node-1", "phase": "drain"}
+    assert facts[4][1] == {"host": "node-1", "text": "glm-weights.service · 40 % of 12 GB, 1.2 GB/s, 6 s left"}
+    assert facts[6][1].items() >= {"outcome": "failed", "message": "another rollout", "locked": True}.items()
+
+
+def test_an_item_that_failed_says_why() -> None:
+    translator = Translator()
+    item = ran("failed", "node-1", "Drain", msg="this edge has no server node-1")
+    list(translator.translate({**item, "event": "runner_item_on_failed"}))
+    (fact,) = translator.translate(ran("failed", "node-1", "Drain", msg="One or more items failed"))
+    assert fact[1]["message"] == "this edge has no server node-1"
+
+
+def line(outcome: str, message: str, **more: Any) -> journal.Line:
+    return {"what": "result", "host": "node-1", "outcome": outcome, "message": message, **more}
+
+
+def stats(**counts: dict[str, int]) -> dict[str, dict[str, int]]:
+    return {"processed": {"node-1": 1}, "changed": {}, "failures": {}, "dark": {}, "rescued": {}, **counts}
+
+
+FAILED = {"failures": {"node-1": 1}}
+ENDS: dict[str, tuple[Any, Exit, list[str]]] = {
+    "all ok": ((0, stats(), [], [], 1), Exit.OK, []),
+    "refused": ((2, stats(**FAILED), [line("failed", "no")], [], 0), Exit.REFUSED, ["no"]),
+    "rolled back": (
+        (2, stats(**FAILED, changed={"node-1": 1}), [line("failed", "first"), line("failed", "why")], [], 1),
+        Exit.FAILED,
+        ["why"],
+    ),
+    "unreachable": ((4, stats(dark={"node-1": 1}), [line("unreachable", "gone")], [], 0), Exit.UNREACHABLE, ["gone"]),
+    "locked": (
+        (2, stats(**FAILED), [line("failed", "bob", locked=True), line("failed", "x")], [], 0),
+        Exit.LOCKED,
+        ["bob"],
+    ),
+    "no play": ((4, {}, [], ["[ERROR]: no such role"], 0), Exit.USAGE, ["no such role"]),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_exit_code_says_how_it_ended(name: str) -> None:
+    arguments, code, messages = ENDS[name]
+    outcome = judge(*arguments)
+    assert (outcome.code, outcome.messages) == (code, messages)
+
+
+# --- what is kept ---
+
+
+def test_a_run_is_for_its_owner_alone_and_can_be_read_back(tmp_path: Path) -> None:
+    run = journal.create(tmp_path / "runs", "up")
+    writer = journal.Writer(run)
+    writer.write("begin", command="up")
+    writer.write("entry", host="node-1", entry={"ok": False})
+    writer.write("entry", host="node-1", entry={"ok": True})
+    writer.close()
+    with run.journal.open("a") as file:
+        file.write('{"at": "cut o')
+    assert stat.S_IMODE(run.directory.stat().st_mode) == 0o700
+    assert stat.S_IMODE(run.journal.stat().st_mode) == 0o600
+    assert run.entries()["entries"] == {"node-1": {"ok": True}}
+    assert journal.find(tmp_path / "runs", "").name == run.name
+
+
+def test_the_oldest_runs_go(tmp_path: Path) -> None:
+    for number in range(journal.KEPT + 5):
+        old = journal.Run(tmp_path / f"20260101T{number:06}-up")
+        old.directory.mkdir()
+        old.journal.write_text("")
+    new = journal.create(tmp_path, "up")
+    assert len(journal.known(tmp_path)) == journal.KEPT - 1
+    assert new.directory.is_dir()
+
+
+def test_a_token_in_the_environment_stays_out() -> None:
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "ANSIBLE_VAULT_PASSWORD", "ANSIBLE_GALAXY_TOKEN", "GITHUB_TOKEN"):
+        assert not KEPT.match(name)
+    for name in ("PATH", "HOME", "SSH_AUTH_SOCK", "ANSIBLE_CONFIG", "ANSIBLE_VAULT_PASSWORD_FILE", "LC_ALL"):
+        assert KEPT.match(name)
+
+
+# --- what is shown ---
+
+
+def shown(kind: type[LiveView] | type[PlainView], width: int, nodes: int = 3) -> str:
+    names = [f"a-node-with-a-long-name-{number}" for number in range(nodes)]
+    console = Console(file=io.StringIO(), width=width, height=24, force_terminal=kind is LiveView, color_system=None)
+    state = State("glm-fleet rollout · lambda", names)
+    view = kind(state, console)
+    for fact in (
+        {"what": "wave", "number": 1, "host": names[0]},
+        {"what": "phase", "host": names[0], "phase": "weights"},
+        {"what": "progress", "host": names[0], "text": "glm-weights.service · 40 % of 755 GB, 1.2 GB/s, 6 min left"},
+        {"what": "result", "host": names[1], "outcome": "failed", "message": "the fabric is not ready\nsecond line"},
+    ):
+        view.line(fact)
+    if isinstance(view, LiveView):
+        console.print(view.render())
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_the_live_table_fits_the_terminal(width: int) -> None:
+    lines = shown(LiveView, width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert len(lines) == 1 + 1 + 3 + 1  # the head, the columns, a line for each node, the foot
+    assert "weights" in lines[2]
+    assert ("40 % of 755 GB" in lines[2]) is (width >= 80)
+
+
+def test_many_nodes_are_as_many_lines_as_there_are() -> None:
+    lines = shown(LiveView, 80, nodes=48).splitlines()
+    assert len(lines) <= 24
+    assert re.search(r"… 29 more; all: \d+ waiting, 1 weights|… 29 more; all: 1 weights, 47 waiting", "\n".join(lines))
+
+
+def test_without_a_terminal_each_thing_is_a_line() -> None:
+    lines = shown(PlainView, 40).splitlines()
+    assert [text.split("  ")[-1] for text in lines] == [
+        "weights",
+        "glm-weights.service · 40 % of 755 GB, 1.2 GB/s, 6 min left",
+        "failed: the fabric is not ready",
+    ]
+
+
+# --- wrong calls ---
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "no such command": (["deploy"], "No such command 'deploy'."),
+    "no such option": (["up", "--fast"], "No such option"),
+    "no such node": (
+        ["up", "-i", "SITE", "node-9"],
+        "has no such node (it has node-1, node-2)",
+    ),
+    "no such inventory": (["up", "-i", "nowhere"], "nowhere: there is no such inventory: pass one with -i"),
+    "an inventory that does not parse": (["up", "-i", "BROKEN"], "the inventory does not parse: YAML parsing failed"),
+    "an inventory without nodes": (["up", "-i", "EMPTY"], "the inventory has no host in its group nodes"),
+    "a run that does not exist": (["report", "-i", "SITE", "20200101T000000-up"], "there is no such run in "),
+    "no run yet": (["report", "-i", "SITE"], "no run there has deployed anything yet: glm-fleet up"),
+    "runs that cannot be written": (
+        ["up", "-i", "SITE", "--runs", "FILE"],
+        "the directory of the runs cannot be written",
+    ),
+    "a wave that is none": (["rollout", "-i", "SITE", "--waves", "1,many"], "--waves: 'many' is neither a count nor"),
+    "a setting that is none": (["up", "-i", "SITE", "-e", "nothing"], "-e: write NAME=VALUE, a JSON object, or @FILE"),
+    "a file of settings that is not there": (
+        ["up", "-i", "SITE", "-e", "@gone.yml"],
+        "-e @gone.yml: there is no such file",
+    ),
+    "a drain of nothing": (["drain", "-i", "SITE"], "Missing argument 'NODES...'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_call_is_one_line(name: str, inventory: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.yml").write_text("all: {children: [\n")
+    (tmp_path / "empty.yml").write_text("all: {hosts: {a: {}}}\n")
+    (tmp_path / "file").write_text("")
+    places = {
+        "SITE": inventory,
+        "BROKEN": tmp_path / "broken.yml",
+        "EMPTY": tmp_path / "empty.yml",
+        "FILE": tmp_path / "file",
+    }
+    arguments, said = WRONG[name]
+    run = glm_fleet(*(str(places.get(part, part)) for part in arguments), columns=40)
+    assert run.returncode == Exit.USAGE
+    assert run.stdout == ""
+    (only,) = run.stderr.splitlines()
+    assert only.startswith("glm-fleet: ")
+    assert said in only
+
+
+def test_every_command_has_examples_in_its_help() -> None:
+    listed = glm_fleet("--help")
+    names = re.findall(r"^  (\w+) {2,}", listed.stdout.partition("Commands:")[2].partition("Exit codes")[0], re.M)
+    assert {"up", "plan", "rollout", "status", "verify", "bench", "rollback", "drain", "undrain"} < set(names)
+    for name in names:
+        assert f"glm-fleet {name}" in glm_fleet(name, "--help").stdout.partition("Example")[2]
+
+
+def test_the_shell_completes_commands_and_nodes(inventory: Path) -> None:
+    words = {
+        "_GLM_FLEET_COMPLETE": "bash_complete",
+        "COMP_WORDS": f"glm-fleet drain -i {inventory} no",
+        "COMP_CWORD": "4",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", "from glm_fleet.cli import main; main(prog_name='glm-fleet')"],
+        cwd=ROOT, env={**os.environ, **words}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert [text.partition(",")[2] for text in run.stdout.splitlines()] == ["node-1", "node-2"]
+
+
+def test_a_plan_asks_no_node_and_leaves_nothing(inventory: Path, tmp_path: Path) -> None:
+    """A whole run through ansible-runner."""
+    run = glm_fleet("plan", "-i", str(inventory), "--runs", str(tmp_path / "runs"), HF_TOKEN="hf_canary")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "docker run" in run.stdout
+    assert not (tmp_path / "runs").exists()
+    found = glm_fleet("plan", "-i", str(inventory), "--json", "node-1")
+    assert json.loads(found.stdout)["hosts"] == {"node-1": "ok"}
+
+
+def test_a_node_that_cannot_be_reached(inventory: Path, tmp_path: Path) -> None:
+    (inventory / "hosts.yml").write_text(INVENTORY.replace("192.0.2.1}", "127.0.0.1, ansible_port: 9}"))
+    runs = tmp_path / "runs"
+    run = glm_fleet("verify", "-i", str(inventory), "--runs", str(runs), "node-1", "-e", "ansible_ssh_retries=0")
+    assert run.returncode == Exit.UNREACHABLE, run.stdout + run.stderr
+    assert "glm-fleet: " in run.stderr and "Connection refused" in run.stderr
+    (only,) = journal.known(runs)
+    end = list(only.lines())[-1]
+    assert (end["what"], end["exit_code"]) == ("end", Exit.UNREACHABLE)
+    with pytest.raises(UsageProblem, match="no run there has deployed anything"):
+        journal.find(runs, "")
