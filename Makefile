@@ -89,9 +89,14 @@ fleet-real: venv engine ## The same with real vLLM on each node, where the light
 driver: venv engine ## Install, adopt and replace the driver on nodes of five kinds; bad input and faults
 	@tests/run driver driver-refusals driver-packages
 
-.PHONY: bench
-bench: venv engine ## Wall time, controller CPU and round trips for 1, 4 and 16 light nodes
-	@tests/bench.py
+.PHONY: faults
+faults: venv engine ## Inject every fault of the list under load, and write docs/faults.md
+	@tests/run faults
+	@molecule/faults/table.py
+
+.PHONY: bench-fleet
+bench-fleet: venv engine ## What 4, 16 and 48 light nodes cost: wall time, CPU, memory, round trips
+	@tests/bench_fleet.py $(NODES)
 
 .PHONY: clean
 clean: venv ## Remove everything that make has made: nodes, images, engine, environment

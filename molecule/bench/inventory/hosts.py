@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The light nodes of `make bench`: GLM_BENCH_NODES of them (default 1)."""
+"""The light nodes of `make bench-fleet`: GLM_BENCH_NODES of them (default 1)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,166 @@
+#!/usr/bin/env python3
+"""`make bench-fleet`: what runs over 4, 16 and 48 light nodes cost the controller and the nodes.
+
+Of each number of nodes: from bare, converged, a rolling upgrade in waves, and status. Prints a table, writes
+results/bench-fleet/bench.json and bench.svg, and fails where a node of the largest fleet costs over a tenth more than
+one of the smallest. The nodes are containers on this machine, so wall time holds their work too; round trips, the
+controller's CPU time and its memory are the figures that carry over to real nodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pygal
+
+ROOT = Path(__file__).resolve().parent.parent
+INVENTORY = "molecule/bench/inventory"
+RESULTS = ROOT / "results" / "bench-fleet"
+COLUMNS = ("nodes", "run", "wall_s", "cpu_s", "cpu_s_per_node", "peak_mib", "trips_per_node", "trips_max")
+UPGRADE = json.dumps({"glm_rollout_waves": [1, "10%", "25%"], "glm_engine_extra_env": {"LIGHT_RELEASE": "2"}})
+RUNS: dict[str, list[str]] = {
+    "bare": ["site.yml"],
+    "converged": ["site.yml"],
+    "upgrade": ["site.yml", "-e", UPGRADE],
+    "status": ["playbooks/status.yml"],
+}
+GROWTH = 1.1  # of the cost per node, from the smallest fleet to the largest
+STATUS_SECONDS = 20
+
+
+def tree_memory(root: int) -> int:
+    """Bytes that a process and its descendants have to themselves; shared pages count once."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has ended
+        children.setdefault(int(fields[1]), []).append(int(path.parent.name))
+    total, pending = 0, [root]
+    while pending:
+        pid = pending.pop()
+        pending += children.get(pid, [])
+        try:
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        except OSError:
+            continue
+        total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
+    return total * 1024
+
+
+def playbook(*arguments: str, log: Path, count: int, measure: Path | None = None) -> int:
+    """Runs ansible-playbook over `count` nodes, its output in `log`; ends the bench where it fails.
+
+    Returns the most memory that it had, in bytes, looked at each second.
+    """
+    env = {**os.environ, "GLM_BENCH_NODES": str(count), "ANSIBLE_FORCE_COLOR": "0"}
+    if measure:
+        env |= {"ANSIBLE_CALLBACKS_ENABLED": "round_trips", "ROUND_TRIPS_JSON": str(measure)}
+    most, ended = 0, threading.Event()
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            ["ansible-playbook", *arguments, "-i", INVENTORY], cwd=ROOT, env=env, stdout=out, stderr=out
+        )
+
+        def look() -> None:
+            nonlocal most
+            while not ended.wait(1.0):
+                most = max(most, tree_memory(process.pid))
+
+        looking = threading.Thread(target=look)
+        if measure:
+            looking.start()
+        code = process.wait()
+        ended.set()
+        if measure:
+            looking.join()
+    if code:
+        sys.exit(f"bench-fleet: {' '.join(arguments)} failed with exit code {code}: see {log}")
+    return most
+
+
+def measured(path: Path, count: int, run: str, memory: int) -> dict[str, Any]:
+    """One row of the table from what the round_trips callback wrote."""
+    data = json.loads(path.read_text())
+    trips = [host["round_trips"] for name, host in data.items() if name.startswith("bench-")]
+    return {
+        "nodes": count,
+        "run": run,
+        "wall_s": round(data["wall_s"], 1),
+        "cpu_s": round(data["controller_cpu_s"], 1),
+        "cpu_s_per_node": round(data["controller_cpu_s"] / count, 2),
+        "peak_mib": round(memory / 2**20),
+        "trips_per_node": round(sum(trips) / len(trips), 1),
+        "trips_max": max(trips),
+    }
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """The controller's CPU time per node, over the number of nodes."""
+    counts = sorted({row["nodes"] for row in rows})
+    chart = pygal.Line(
+        title="Controller CPU per node", x_title="nodes", y_title="s", range_min=0, width=720, height=420
+    )
+    chart.x_labels = [str(count) for count in counts]
+    for run in RUNS:
+        values = {row["nodes"]: row["cpu_s_per_node"] for row in rows if row["run"] == run}
+        chart.add(run, [values.get(count) for count in counts])
+    chart.render_to_file(str(path))
+
+
+def findings(rows: list[dict[str, Any]]) -> list[str]:
+    """What is over the budgets."""
+    found = []
+    for run in RUNS:
+        of_run = sorted((row for row in rows if row["run"] == run), key=lambda row: int(row["nodes"]))
+        small, large = of_run[0], of_run[-1]
+        for name in ("cpu_s_per_node", "trips_per_node"):
+            if large[name] > GROWTH * small[name]:
+                found.append(
+                    f"{run}: {name} is {large[name]} at {large['nodes']} nodes, {small[name]} at {small['nodes']}"
+                )
+        if run == "status" and (large["trips_max"] > 1 or large["wall_s"] > STATUS_SECONDS):
+            found.append(f"status: {large['wall_s']} s and {large['trips_max']} round trips at {large['nodes']} nodes")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("counts", nargs="*", type=int, default=[4, 16, 48], help="numbers of nodes (default: 4 16 48)")
+    counts = parser.parse_args().counts
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for count in counts:
+        playbook("molecule/shared/destroy.yml", log=RESULTS / "destroy.log", count=max(counts))
+        playbook("molecule/shared/create.yml", log=RESULTS / f"create-{count}.log", count=count)
+        for run, arguments in RUNS.items():
+            print(f"bench-fleet: {count} nodes, {run} ...", flush=True)
+            measure = RESULTS / f"{run}-{count}.json"
+            memory = playbook(*arguments, log=RESULTS / f"{run}-{count}.log", count=count, measure=measure)
+            rows.append(measured(measure, count, run, memory))
+            print("  ".join(f"{rows[-1][name]!s:>14}" for name in COLUMNS), flush=True)
+    playbook("molecule/shared/destroy.yml", log=RESULTS / "destroy.log", count=max(counts))
+    over = findings(rows)
+    machine = {"cpus": os.cpu_count(), "platform": platform.platform()}
+    (RESULTS / "bench.json").write_text(json.dumps({"machine": machine, "rows": rows, "over": over}, indent=2) + "\n")
+    plot(rows, RESULTS / "bench.svg")
+    print("  ".join(f"{name:>14}" for name in COLUMNS))
+    for row in rows:
+        print("  ".join(f"{row[name]!s:>14}" for name in COLUMNS))
+    print(f"bench-fleet: the same as JSON and as a plot in {RESULTS.relative_to(ROOT)}/")
+    for finding in over:
+        print(f"bench-fleet: over the budget: {finding}", file=sys.stderr)
+    return int(bool(over))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
