@@ -33,6 +33,7 @@ HEALTHY_WITHIN = 240  # seconds from the end of a test
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fault(name): one fault of the list; its test function's module is the area")
+    config.addinivalue_line("markers", "command_line: of glm-fleet, not of a fault")
     config.addinivalue_line("markers", "vital: one of those that `make test` runs too")
 
 
