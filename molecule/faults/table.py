@@ -17,13 +17,8 @@ AREAS = ("Control", "Balancer", "Artifacts", "Engine", "Host", "Zz secrets")
 
 def main() -> int:
     rows = [json.loads(path.read_text()) for path in sorted(CASES.glob("*.json"))]
-    wanted = subprocess.run(
-        ["pytest", "molecule/faults", "-m", "not command_line", "--collect-only", "-qq"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    collect = ["pytest", "molecule/faults", "-m", "not command_line", "--collect-only", "-qq"]
+    wanted = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     count = sum(int(line.rpartition(":")[2]) for line in wanted.splitlines() if line.startswith("molecule/"))
     if len(rows) != count:
         print(f"table: {len(rows)} of {count} faults have a result: docs/faults.md was not written", file=sys.stderr)

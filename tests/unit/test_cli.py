@@ -292,3 +292,14 @@ def test_a_node_that_cannot_be_reached(inventory: Path, tmp_path: Path) -> None:
     assert (end["what"], end["exit_code"]) == ("end", Exit.UNREACHABLE)
     with pytest.raises(UsageProblem, match="no run there has deployed anything"):
         journal.find(runs, "")
+
+
+def test_what_a_killed_run_left_goes_with_the_next(tmp_path: Path) -> None:
+    killed = journal.create(tmp_path, "up")
+    writer = journal.Writer(killed)
+    writer.write("begin", command="up", pid=2**22 + 1)  # beyond what the kernel gives
+    writer.close()
+    (killed.private / "artifacts").mkdir(parents=True)
+    journal.create(tmp_path, "status")
+    assert not killed.private.exists()
+    assert killed.journal.exists()
