@@ -2,7 +2,7 @@
 
 Each line has `at` (UTC, ISO 8601) and `what`:
 
-    begin     command, inventory, limit
+    begin     command, inventory, limit, pid
     play      play
     wave      number (from 1), host             its turn begins
     phase     host, phase                      what is being done to a node
@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -51,6 +52,11 @@ class Run:
     def output(self) -> Path:
         """What ansible-playbook printed."""
         return self.directory / "output.log"
+
+    @property
+    def private(self) -> Path:
+        """What the run needs while it lasts, settings among it."""
+        return self.directory / "private"
 
     def lines(self) -> Iterator[Line]:
         """The lines that are whole: the last one of a run that was cut off may not be."""
@@ -99,12 +105,23 @@ def create(runs: Path, command: str) -> Run:
         raise UsageProblem(
             f"{runs}: the directory of the runs cannot be written ({problem.strerror}): mend it, or pass --runs DIR"
         ) from problem
+    for old in known(runs):
+        sweep(old)
     for old in [run for run in known(runs) if run.directory != directory][: -KEPT + 1]:
         for file in (old.journal, old.output):
             file.unlink(missing_ok=True)
         if not any(old.directory.iterdir()):
             old.directory.rmdir()
     return Run(directory)
+
+
+def sweep(run: Run) -> None:
+    """Takes away what a run that was killed could not."""
+    if run.private.exists():
+        lines = list(run.lines())
+        pid = lines[0].get("pid", 0) if lines else 0
+        if not (pid and Path(f"/proc/{pid}").exists()):
+            shutil.rmtree(run.private, ignore_errors=True)
 
 
 def known(runs: Path) -> list[Run]:

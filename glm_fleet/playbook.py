@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import signal
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What ansible-playbook may see of the environment: a token that happens to be in it stays out of the run.
 KEPT = re.compile(
     r"^(PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_.*|TERM|TMPDIR|TZ|SSH_AUTH_SOCK|VIRTUAL_ENV|COLUMNS|GLM_CACHE"
-    r"|GLM_BENCH_NODES|ANSIBLE_(?!.*(PASSWORD|TOKEN|SECRET)$).*)$"
+    r"|GLM_BENCH_NODES|(?i:https?|no)_(?i:proxy)|ANSIBLE_(?!.*(PASSWORD|TOKEN|SECRET)$).*)$"
 )
 
 
@@ -61,7 +60,8 @@ class Playbook:
         self.said: list[str] = []  # what Ansible prints beside its events
         self.asked, self.now = False, False  # to end after the wave in hand; to stop at once
         # It holds the settings and the artifacts of ansible-runner, and goes with the run.
-        self.private = Path(tempfile.mkdtemp(prefix="glm-fleet."))  # mode 0700
+        self.private = run.private
+        self.private.mkdir(mode=0o700)
         self.stop_file, self.approval_file = self.private / "stop", self.private / "approval"
 
     def tell(self, what: str, **facts: Any) -> None:
@@ -104,7 +104,7 @@ class Playbook:
         import ansible_runner  # --help and completion do without
 
         order = self.order
-        self.tell("begin", command=order.command, inventory=str(order.inventory), limit=order.limit)
+        self.tell("begin", command=order.command, inventory=str(order.inventory), limit=order.limit, pid=os.getpid())
         settings = self.private / "settings.json"
         descriptor = os.open(settings, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
