@@ -265,7 +265,7 @@ def report(run: str, listed: bool, inventory: Path, as_json: bool, runs: Path | 
     settings = {"report_run": entries, "report_fail": False, "report_directory": str(target)}
     order = Order("report", "playbooks/report.yml", read.path, settings=settings)
     with tempfile.TemporaryDirectory(prefix="glm-fleet.") as scratch:
-        outcome, _ = execute(order, journal.create(Path(scratch), "report"), State("report", ()), silent=True)
+        outcome = execute(order, journal.create(Path(scratch), "report"), State("report", ()), silent=True)
     if outcome.code is not Exit.OK:
         fail("; ".join(outcome.messages), outcome.code)
     tables.report(target / "report.json", as_json)
@@ -352,7 +352,7 @@ def play(
         waves=waves and not check,
     )
     state = State(f"glm-fleet {command} · {read.name}", nodes or read.nodes)
-    outcome, state = execute(order, run, state, silent=as_json)
+    outcome = execute(order, run, state, silent=as_json, transient=after is not None)
     shown = Shown(state, results_of(read), run)
     if as_json:
         print(json.dumps(tables.summary(command, outcome, shown), indent=2, ensure_ascii=False))
@@ -371,10 +371,10 @@ def resumed() -> str:
     return shlex.join(["glm-fleet", *sys.argv[1:]])
 
 
-def execute(order: Order, run: journal.Run, state: State, silent: bool) -> tuple[Outcome, State]:
+def execute(order: Order, run: journal.Run, state: State, silent: bool, transient: bool = False) -> Outcome:
     """Runs it in a view that fits the terminal; stdout is for the result."""
     console = Console(stderr=True, highlight=False)
-    with view(state, console, silent) as shown:
+    with view(state, console, silent, transient) as shown:
 
         def listen(line: journal.Line) -> None:
             shown.line(line)
@@ -382,7 +382,7 @@ def execute(order: Order, run: journal.Run, state: State, silent: bool) -> tuple
                 ask(playbook, shown, console)
 
         playbook = Playbook(order, run, listen)
-        return playbook.execute(), state
+        return playbook.execute()
 
 
 def ask(playbook: Playbook, shown: View, console: Console) -> None:

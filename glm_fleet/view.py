@@ -100,11 +100,11 @@ class Silent:
 class LiveView(Silent):
     """The table. It is drawn some times a second, whatever comes in."""
 
-    def __init__(self, state: State, console: Console) -> None:
+    def __init__(self, state: State, console: Console, transient: bool = False) -> None:
         super().__init__(state)
         self.console = console
         self.spinner = Spinner("dots", style="cyan")
-        self.live = Live(console=console, refresh_per_second=4, get_renderable=self.render)
+        self.live = Live(console=console, refresh_per_second=4, get_renderable=self.render, transient=transient)
 
     def __enter__(self) -> Self:
         self.live.start()
@@ -215,10 +215,10 @@ class PlainView(Silent):
 View = Silent
 
 
-def view(state: State, console: Console, silent: bool) -> View:
-    """The one that fits where the output goes."""
+def view(state: State, console: Console, silent: bool, transient: bool) -> View:
+    """The one that fits where the output goes; a transient one leaves the place to the command's own result."""
     if silent:
         return Silent(state)
-    return (
-        LiveView(state, console) if console.is_terminal and not console.is_dumb_terminal else PlainView(state, console)
-    )
+    if console.is_terminal and not console.is_dumb_terminal:
+        return LiveView(state, console, transient)
+    return PlainView(state, console)
