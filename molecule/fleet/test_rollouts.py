@@ -131,10 +131,10 @@ def test_sessions_in_use_stay_on_their_node_except_while_it_is_drained(fleet: Fl
 
 
 def test_rolling_upgrade(fleet: Fleet, load: None) -> None:
-    """With a time to load that is still a fifth of a real engine's, which takes 15 minutes."""
+    """With a time to load that is still a quarter of a real engine's, which takes 15 minutes."""
     before = set(fleet.releases())
     began = time.monotonic()
-    run = fleet.play(seconds=1100, light_release="2", light_load_seconds="180")
+    run = fleet.play(seconds=1200, light_release="2", light_load_seconds="240")
     wall = time.monotonic() - began
     assert run.code == 0, run.messages
     assert len(set(fleet.releases())) == 1 and set(fleet.releases()) != before
