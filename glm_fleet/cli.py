@@ -141,7 +141,7 @@ def up(nodes: tuple[str, ...], check: bool, break_lock: bool, **common: Any) -> 
 @CHECK
 @WAVES
 @click.option("--soak", type=click.IntRange(min=0), metavar="SECONDS", help="How long each node is watched afterwards.")
-@click.option("--pause", is_flag=True, help="Ask before each wave but the first.")
+@click.option("--pause", is_flag=True, help="Ask whether to go on after the first wave.")
 @click.option("--max-failures", type=click.IntRange(min=0), metavar="N", help="Failed nodes that do not halt it.")
 @BREAK_LOCK
 @running
