@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from glm_fleet.errors import Exit, UsageProblem
 from glm_fleet.inventory import Inventory
 from glm_fleet.playbook import ROOT, Order, Outcome, Playbook, approve
 from glm_fleet.tables import Shown
-from glm_fleet.view import State, View, view
+from glm_fleet.view import Screen, State, View, view
 
 EPILOG = """\b
 Exit codes:
@@ -45,6 +45,9 @@ class Group(click.Group):
             sys.exit(end.exit_code)
         except (click.Abort, KeyboardInterrupt):
             sys.exit(Exit.INTERRUPTED)
+        except click.exceptions.NoArgsIsHelpError as problem:
+            click.echo(problem.format_message(), err=True)
+            sys.exit(Exit.USAGE)
         except click.ClickException as problem:
             where = problem.ctx.command_path if isinstance(problem, click.UsageError) and problem.ctx else "glm-fleet"
             fail(f"{' '.join(problem.format_message().split())} Try: {where} --help", Exit.USAGE)
@@ -263,7 +266,7 @@ def report(run: str, listed: bool, inventory: Path, as_json: bool, runs: Path | 
         raise UsageProblem(f"{run}: this run has deployed nothing, so it has no report: glm-fleet report --list")
     target = found.directory if run else results_of(read)
     settings = {"report_run": entries, "report_fail": False, "report_directory": str(target)}
-    order = Order("report", "playbooks/report.yml", read.path, settings=settings)
+    order = Order("report", "playbooks/report.yml", read.path, extra=[settings])
     with tempfile.TemporaryDirectory(prefix="glm-fleet.") as scratch:
         outcome = execute(order, journal.create(Path(scratch), "report"), State("report", ()), silent=True)
     if outcome.code is not Exit.OK:
@@ -285,33 +288,27 @@ def runs_of(inventory: Inventory, runs: Path | None) -> Path:
     return runs or results_of(inventory) / "runs"
 
 
-def extra_settings(texts: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
-    """Settings by value, which go into a file that nobody else can read, and the arguments for files."""
+def extra_settings(texts: tuple[str, ...]) -> list[dict[str, Any] | Path]:
+    """Each -e as settings by value, or a file of them; as with ansible-playbook the later one wins."""
     from ansible.errors import AnsibleError
     from ansible.parsing.splitter import parse_kv
 
-    settings: dict[str, Any] = {}
-    files = []
+    parts: list[dict[str, Any] | Path] = []
     for text in texts:
         if text.startswith("@"):
             path = Path(text[1:]).resolve()
             if not path.is_file():
                 raise UsageProblem(f"-e {text}: there is no such file")
-            files += ["-e", f"@{path}"]
-        elif text.startswith("{"):
-            try:
-                settings.update(json.loads(text))
-            except ValueError as problem:
-                raise UsageProblem(f"-e: this is no JSON: {problem}") from problem
-        else:
-            try:
-                pairs = dict(parse_kv(text))
-            except AnsibleError as problem:
-                raise UsageProblem(f"-e: {problem}") from problem
-            if not pairs or "_raw_params" in pairs:
-                raise UsageProblem("-e: write NAME=VALUE, a JSON object, or @FILE")
-            settings.update(pairs)
-    return settings, files
+            parts.append(path)
+            continue
+        try:
+            pairs = json.loads(text) if text.startswith("{") else parse_kv(text)
+        except (ValueError, AnsibleError) as problem:
+            raise UsageProblem(f"-e: {problem}") from problem
+        if not pairs or "_raw_params" in pairs:
+            raise UsageProblem("-e: write NAME=VALUE, a JSON object, or @FILE")
+        parts.append(dict(pairs))
+    return parts
 
 
 def play(
@@ -334,23 +331,16 @@ def play(
     """Runs a playbook and ends with its exit code; with `kept` its journal stays."""
     read = read_inventory(inventory)
     limit = read.limit(nodes)
-    more, arguments = extra_settings(extra_vars)
+    extra = [*extra_settings(extra_vars), settings or {}]
+    arguments = []
     if vault_password_file:
         arguments += ["--vault-password-file", str(vault_password_file.resolve())]
     if check:
         arguments += ["--check", "--diff"]
     scratch = None if kept else tempfile.TemporaryDirectory(prefix="glm-fleet.")
     run = journal.create(Path(scratch.name) if scratch else runs_of(read, runs), command)
-    order = Order(
-        command,
-        playbook,
-        read.path,
-        limit,
-        {**(settings or {}), **more},
-        arguments,
-        keep=keep,
-        waves=waves and not check,
-    )
+    order = Order(command, playbook, read.path, limit, extra, arguments, keep)
+    order.waves, order.changes, order.check = waves and not check, waves or command == "drain", check
     state = State(f"glm-fleet {command} · {read.name}", nodes or read.nodes)
     outcome = execute(order, run, state, silent=as_json, transient=after is not None)
     shown = Shown(state, results_of(read), run)
@@ -358,9 +348,9 @@ def play(
         print(json.dumps(tables.summary(command, outcome, shown), indent=2, ensure_ascii=False))
     else:
         console = Console(highlight=False)
-        if after and outcome.code is Exit.OK:
+        if after:
             after(shown, console)
-        tables.epilogue(console, resumed(), outcome, shown, deploys=waves and not check)
+        tables.epilogue(console, resumed(), outcome, shown, stored=kept, deploys=playbook == "site.yml" and not check)
     if scratch:
         scratch.cleanup()
     sys.exit(outcome.code)
@@ -373,7 +363,7 @@ def resumed() -> str:
 
 def execute(order: Order, run: journal.Run, state: State, silent: bool, transient: bool = False) -> Outcome:
     """Runs it in a view that fits the terminal; stdout is for the result."""
-    console = Console(stderr=True, highlight=False)
+    console = Screen(stderr=True, highlight=False)
     with view(state, console, silent, transient) as shown:
 
         def listen(line: journal.Line) -> None:
@@ -390,5 +380,15 @@ def ask(playbook: Playbook, shown: View, console: Console) -> None:
     if not sys.stdin.isatty() or not console.is_terminal:
         print(f"glm-fleet: to go on: echo yes > {playbook.approval_file}; to halt: echo no > ...", file=sys.stderr)
         return
-    with suppress(click.Abort), shown.paused():
-        approve(playbook, click.confirm("This wave serves, verified. Go on with the next one?"))
+    # Whoever ends the run here has said no; what else a signal asks for is acted on afterwards.
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    answer = False
+    try:
+        with shown.paused():
+            answer = click.confirm("This wave serves, verified. Go on with the next one?", err=True)
+    except (click.Abort, KeyboardInterrupt, OSError):
+        pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        approve(playbook, answer)

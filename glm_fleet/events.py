@@ -50,6 +50,7 @@ class Translator:
 
     def __init__(self) -> None:
         self.phases: dict[str, str] = {}
+        self.play = ""
         self.wave, self.in_wave = 0, False
         self.wave_nodes: set[str] = set()
         self.items: dict[tuple[str, str], str] = {}  # what an item of a loop said as it failed
@@ -76,6 +77,7 @@ class Translator:
             yield from self._runner(kind.removeprefix("runner_on_"), data)
 
     def _play(self, name: str) -> Iterator[Fact]:
+        self.play = name
         yield "play", {"play": name}
         self.in_wave = name == WAVES
         if self.in_wave:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,11 +58,13 @@ def read(path: Path) -> Inventory:
     if not groups.get("nodes"):
         raise UsageProblem(f"{path}: the inventory has no host in its group nodes: add one, as inventory/lambda shows")
     directory = path if path.is_dir() else path.parent
-    first = manager.get_host(groups["nodes"][0])
-    own = VariableManager(loader=loader, inventory=manager).get_vars(host=first).get("report_inventory_name")
+    own = ""
+    with suppress(AnsibleError), redirect_stderr(said):  # variables that are encrypted or broken: the run will tell
+        first = manager.get_host(groups["nodes"][0])
+        own = VariableManager(loader=loader, inventory=manager).get_vars(host=first).get("report_inventory_name", "")
     return Inventory(
         path=path.resolve(),
-        name=str(own or directory.resolve().name),
+        name=str(own) if own and "{" not in str(own) else directory.resolve().name,
         nodes=tuple(groups["nodes"]),
         gateways=tuple(groups.get("gateways", ())),
     )

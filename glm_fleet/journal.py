@@ -2,7 +2,7 @@
 
 Each line has `at` (UTC, ISO 8601) and `what`:
 
-    begin     command, inventory, limit, pid
+    begin     command, inventory, limit, check, pid
     play      play
     wave      number (from 1), host             its turn begins
     phase     host, phase                      what is being done to a node
@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from glm_fleet.errors import UsageProblem
 
@@ -60,24 +60,40 @@ class Run:
 
     def lines(self) -> Iterator[Line]:
         """The lines that are whole: the last one of a run that was cut off may not be."""
-        for text in self.journal.read_text().splitlines():
+        for text in self.journal.read_text(encoding="utf-8").splitlines():
             try:
                 yield json.loads(text)
             except ValueError:
                 return
 
     def entries(self) -> dict[str, Any]:
-        """What the report is made of: the last entry of each node, and when the run began and ended."""
+        """What the report is made of: the last entry of each node, and when the run began and ended.
+
+        Empty for a run that has deployed nothing, or only looked what it would.
+        """
         lines = list(self.lines())
+        if not lines or lines[0].get("check"):
+            return {}
         found = {line["host"]: line["entry"] for line in lines if line["what"] == "entry"}
         return {"entries": found, "started": lines[0]["at"], "finished": lines[-1]["at"]} if found else {}
+
+    def alive(self) -> bool:
+        """Whether its process, of this machine, is still there."""
+        pid = next(self.lines(), {}).get("pid", 0)
+        return bool(pid) and Path(f"/proc/{pid}").exists()
+
+
+def opened(path: Path) -> TextIO:
+    """A file to append to that nobody else can read, whatever the locale."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    return os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace")
 
 
 class Writer:
     """Appends lines; each is on the disk of the controller at once, whatever becomes of the run."""
 
     def __init__(self, run: Run) -> None:
-        self.file = os.fdopen(os.open(run.journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w")
+        self.file = opened(run.journal)
 
     def write(self, what: str, **facts: Any) -> Line:
         line = {"at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "what": what, **facts}
@@ -105,29 +121,23 @@ def create(runs: Path, command: str) -> Run:
         raise UsageProblem(
             f"{runs}: the directory of the runs cannot be written ({problem.strerror}): mend it, or pass --runs DIR"
         ) from problem
-    for old in known(runs):
-        sweep(old)
-    for old in [run for run in known(runs) if run.directory != directory][: -KEPT + 1]:
-        for file in (old.journal, old.output):
-            file.unlink(missing_ok=True)
-        if not any(old.directory.iterdir()):
-            old.directory.rmdir()
+    others = [run for run in known(runs) if run.directory != directory]
+    deployed = next((run for run in reversed(others) if run.entries()), None)  # its report can be asked for
+    for run in others:
+        # What a run that was killed could not take away itself.
+        if run.private.exists() and not run.alive():
+            shutil.rmtree(run.private, ignore_errors=True)
+    for run in others[: -KEPT + 1]:
+        if run != deployed and not run.alive():
+            shutil.rmtree(run.directory, ignore_errors=True)
     return Run(directory)
 
 
-def sweep(run: Run) -> None:
-    """Takes away what a run that was killed could not."""
-    if run.private.exists():
-        lines = list(run.lines())
-        pid = lines[0].get("pid", 0) if lines else 0
-        if not (pid and Path(f"/proc/{pid}").exists()):
-            shutil.rmtree(run.private, ignore_errors=True)
-
-
 def known(runs: Path) -> list[Run]:
-    """Every run with a journal, the oldest first."""
+    """Every run with a journal that can be read, the oldest first."""
     names = [path for path in runs.glob("*") if re.match(r"\d{8}T\d{6}-", path.name)] if runs.is_dir() else []
-    return sorted((Run(path) for path in names if Run(path).journal.exists()), key=lambda run: run.name)
+    found = [Run(path) for path in names if os.access(path, os.R_OK | os.X_OK)]
+    return sorted((run for run in found if run.journal.exists()), key=lambda run: run.name)
 
 
 def find(runs: Path, name: str) -> Run:

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ KEPT = re.compile(
     r"^(PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_.*|TERM|TMPDIR|TZ|SSH_AUTH_SOCK|VIRTUAL_ENV|COLUMNS|GLM_CACHE"
     r"|GLM_BENCH_NODES|(?i:https?|no)_(?i:proxy)|ANSIBLE_(?!.*(PASSWORD|TOKEN|SECRET)$).*)$"
 )
+GRACE = 5.0  # seconds that a stopped ansible-playbook has to end its workers
+END = "End here, as the user wants it"  # the task that follows from the stop file
 
 
 @dataclass
@@ -34,10 +37,12 @@ class Order:
     playbook: str
     inventory: Path
     limit: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
+    extra: list[dict[str, Any] | Path] = field(default_factory=list)  # settings in order: the later one wins
     arguments: list[str] = field(default_factory=list)  # others, for ansible-playbook
     keep: tuple[str, ...] = ()  # further variables of the environment
     waves: bool = False  # whether it can end after a wave
+    changes: bool = False  # whether it is for changing nodes, and so may refuse to
+    check: bool = False  # whether it only looks what it would change
 
 
 @dataclass
@@ -57,8 +62,13 @@ class Playbook:
         self.translator = Translator()
         self.writer = journal.Writer(run)
         self.results: list[journal.Line] = []
-        self.said: list[str] = []  # what Ansible prints beside its events
+        self.said: list[str] = []  # what Ansible prints beside the results of tasks
         self.asked, self.now = False, False  # to end after the wave in hand; to stop at once
+        self.stopping = 0.0  # since when
+        self.tell(
+            "begin", command=order.command, inventory=str(order.inventory), limit=order.limit, check=order.check,
+            pid=os.getpid(),
+        )  # fmt: skip
         # It holds the settings and the artifacts of ansible-runner, and goes with the run.
         self.private = run.private
         self.private.mkdir(mode=0o700)
@@ -68,83 +78,95 @@ class Playbook:
         line = self.writer.write(what, **facts)
         if what == "result":
             self.results.append(line)
-        self.listen(line)
+        self._show(line)
+
+    def _show(self, line: journal.Line) -> None:
+        with suppress(OSError, ValueError):  # a terminal or a pipe that is gone does not end a rollout
+            self.listen(line)
 
     def interrupt(self, *_: Any) -> None:
         """The first time: end after the wave in hand, where there are waves. Then: stop at once."""
         self.now = self.asked or not self.order.waves
         self.asked = True
         self.stop_file.touch()
-        self.listen({"what": "interrupt", "now": self.now})
+        self._show({"what": "interrupt", "now": self.now})
+
+    def stop(self, *_: Any) -> None:
+        """At once."""
+        self.asked = self.now = True
+        self._show({"what": "interrupt", "now": True})
+
+    def hang_up(self, *_: Any) -> None:
+        """The terminal is gone: the run goes on, in the journal alone."""
+        self._show({"what": "hangup"})
 
     def execute(self) -> Outcome:
         """Never raises for what happens on the nodes: that is in what it returns."""
-        handlers = {
-            signal.SIGINT: signal.signal(signal.SIGINT, self.interrupt),
-            signal.SIGTERM: signal.signal(signal.SIGTERM, self._stop_now),
-            signal.SIGHUP: signal.signal(signal.SIGHUP, self._hang_up),
-        }
+        wanted = {signal.SIGINT: self.interrupt, signal.SIGTERM: self.stop, signal.SIGHUP: self.hang_up}
+        before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
         try:
-            return self._execute()
+            outcome = self._execute()
+            self.tell("end", exit_code=int(outcome.code), messages=outcome.messages, hosts=outcome.hosts)
+            return outcome
         finally:
-            for number, handler in handlers.items():
+            for number, handler in before.items():
                 signal.signal(number, handler)
             shutil.rmtree(self.private, ignore_errors=True)
             self.writer.close()
 
-    def _stop_now(self, *_: Any) -> None:
-        self.asked = self.now = True
-        self.listen({"what": "interrupt", "now": True})
-
-    def _hang_up(self, *_: Any) -> None:
-        """The terminal is gone: the run goes on, in the journal alone."""
-        self.listen({"what": "hangup"})
-
     def _execute(self) -> Outcome:
         import ansible_runner  # --help and completion do without
+        from ansible import constants
 
-        order = self.order
-        self.tell("begin", command=order.command, inventory=str(order.inventory), limit=order.limit, pid=os.getpid())
-        settings = self.private / "settings.json"
-        descriptor = os.open(settings, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump({**self.order.settings, **self._control()}, file)
-        command = ["-i", str(self.order.inventory), "-e", f"@{settings}", *self.order.arguments]
-        if self.order.limit:
-            command += ["--limit", self.order.limit]
         for name in list(os.environ):
             if not KEPT.match(name) and name not in self.order.keep:
                 del os.environ[name]
-        output = os.open(self.run.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        with os.fdopen(output, "w") as self.output:
+        # ansible-runner would set it to no where it is not set.
+        os.environ.setdefault("ANSIBLE_HOST_KEY_CHECKING", str(constants.HOST_KEY_CHECKING))
+        with journal.opened(self.run.output) as self.output:
             config = ansible_runner.RunnerConfig(
                 private_data_dir=str(self.private),
                 project_dir=str(ROOT),
                 playbook=str(ROOT / self.order.playbook),
-                cmdline=shlex.join(command),
+                cmdline=shlex.join(self._arguments()),
                 quiet=True,
-                settings={"pexpect_timeout": 1, "suppress_output_file": True},
             )
             config.prepare()
+            config.pexpect_timeout, config.suppress_output_file = 1, True
             runner = ansible_runner.Runner(
-                config, cancel_callback=lambda: self.now, event_handler=self._event, remove_partials=True
+                config, cancel_callback=self._cancelled, event_handler=self._event, remove_partials=True
             )
             runner.run()
-        outcome = self._outcome(runner.rc if runner.rc is not None else 1)
-        self.tell("end", exit_code=int(outcome.code), messages=outcome.messages, hosts=outcome.hosts)
-        return outcome
+        return self._outcome(runner.rc if runner.rc is not None else 1)
 
-    def _control(self) -> dict[str, Any]:
-        """How the run is ended, and how a wave is approved, where it has waves."""
-        if not self.order.waves:
-            return {}
-        return {"glm_stop_file": str(self.stop_file), "glm_approval_file": str(self.approval_file)}
+    def _arguments(self) -> list[str]:
+        """Of ansible-playbook; a setting by value goes into a file that nobody else can read."""
+        order = self.order
+        arguments = ["-i", str(order.inventory), *order.arguments]
+        control = {"glm_stop_file": str(self.stop_file), "glm_approval_file": str(self.approval_file)}
+        for number, part in enumerate([*order.extra, control if order.waves else {}]):
+            path = part if isinstance(part, Path) else self.private / f"settings-{number}.json"
+            if isinstance(part, dict):
+                with journal.opened(path) as file:
+                    json.dump(part, file)
+            arguments += ["-e", f"@{path}"]
+        return arguments + (["--limit", order.limit] if order.limit else [])
+
+    def _cancelled(self) -> bool:
+        """Whether ansible-runner is to kill what is left; ansible-playbook ends its workers itself, if it is let."""
+        if self.now and not self.stopping:
+            self.stopping = time.monotonic()
+            for child in Path("/proc/self/task").glob("*/children"):
+                for pid in child.read_text().split():
+                    with suppress(ProcessLookupError):
+                        os.kill(int(pid), signal.SIGTERM)
+        return bool(self.stopping) and time.monotonic() - self.stopping > GRACE
 
     def _event(self, event: dict[str, Any]) -> bool:
         text = re.sub(r"\x1b\[[0-9;]*m", "", str(event.get("stdout") or ""))
         if text:
             self.output.write(text.replace("\r\n", "\n") + "\n")
-            if event["event"] == "verbose":
+            if event["event"] in ("verbose", "error"):
                 self.said += text.splitlines()
         for what, facts in self.translator.translate(event):
             self.tell(what, **facts)
@@ -152,22 +174,32 @@ class Playbook:
 
     def _outcome(self, rc: int) -> Outcome:
         seen = self.translator
-        if self.asked and (self.now or rc):
-            ended = judge(rc, seen.stats, self.results, self.said, seen.wave)
-            return Outcome(Exit.INTERRUPTED, [] if self.now else ended.messages, ended.hosts)
-        return judge(rc, seen.stats, self.results, self.said, seen.wave)
+        ended = judge(rc, seen.stats, self.results, self.said, begun=bool(seen.play), changes=self.order.changes)
+        if self.now and rc:
+            return Outcome(Exit.INTERRUPTED, [], ended.hosts)
+        failed = [line["task"] for line in last_of_each(self.results) if ended.hosts.get(line["host"]) == "failed"]
+        if self.asked and failed and set(failed) == {END}:
+            return Outcome(Exit.INTERRUPTED, ended.messages, ended.hosts)
+        return ended
 
 
 def judge(
-    rc: int, stats: dict[str, dict[str, int]], results: list[journal.Line], said: list[str], wave: int
+    rc: int,
+    stats: dict[str, dict[str, int]],
+    results: list[journal.Line],
+    said: list[str],
+    *,
+    begun: bool,
+    changes: bool,
 ) -> Outcome:
     """The exit code and the words for a run.
 
     rc: that of ansible-playbook
-    stats: its counts by name and host; empty where it did not come as far as a play
+    stats: its counts by name and host; empty where it did not come to its end
     results: the journal's lines of that kind
-    said: what it printed beside its events
-    wave: the last wave that began, from 1; 0 for none
+    said: what it printed beside the results of tasks
+    begun: whether it came as far as a play
+    changes: whether the command is for changing nodes: then a failure before any change is a refusal
     """
     hosts = {}
     for host in stats.get("processed", {}):
@@ -181,13 +213,12 @@ def judge(
     if not stats:
         wrong = [line for line in said if re.match(r"\[?ERROR", line)] or said[-1:]
         cause = re.sub(r"^\[?ERROR\]?[:!]*\s*", "", " ".join(wrong[:1]))
-        return Outcome(Exit.USAGE, [cause or f"ansible-playbook ended with {rc}"], hosts)
+        return Outcome(Exit.FAILED if begun else Exit.USAGE, [cause or f"ansible-playbook ended with {rc}"], hosts)
     if locked:
         return Outcome(Exit.LOCKED, unique(locked), hosts)
     if stats["dark"]:
         return Outcome(Exit.UNREACHABLE, unique(last), hosts)
-    code = Exit.FAILED if stats["changed"] or wave else Exit.REFUSED
-    return Outcome(code, unique(last), hosts)
+    return Outcome(Exit.REFUSED if changes and not stats["changed"] else Exit.FAILED, unique(last), hosts)
 
 
 def last_of_each(lines: list[journal.Line]) -> list[journal.Line]:
@@ -202,7 +233,6 @@ def unique(messages: list[str]) -> list[str]:
 
 def approve(playbook: Playbook, answer: bool) -> None:
     """Lets the rollout go on to its next wave, or halt."""
-    with suppress(OSError):
-        partial = playbook.approval_file.with_suffix(".new")
-        partial.write_text("yes\n" if answer else "no\n")
-        partial.replace(playbook.approval_file)
+    partial = playbook.approval_file.with_suffix(".new")
+    partial.write_text("yes\n" if answer else "no\n")
+    partial.replace(playbook.approval_file)

@@ -47,8 +47,16 @@ def short(value: Any) -> str:
     return str(value or "-").removeprefix("sha256:")[:12]
 
 
+def fresh_status(shown: Shown) -> dict[str, Any]:
+    """What the run has written, if it has."""
+    path = shown.results / "status.json"
+    return read_json(path) if path.exists() and path.stat().st_mtime >= shown.state.started else {}
+
+
 def status(shown: Shown, console: Console) -> None:
-    found = read_json(shown.results / "status.json")
+    found = fresh_status(shown)
+    if not found:
+        return
     wide = console.width >= WIDE
     table = grid(
         "NODE",
@@ -97,7 +105,8 @@ def checks(shown: Shown, console: Console) -> None:
             mark = Text("ok", "green") if check["ok"] else Text("FAILED", "bold red")
             table.add_row(node, check["name"], mark, Text(str(check.get("detail", "")), "dim"))
             node = ""  # noqa: PLW2901 (named once)
-    console.print(table)
+    if table.rows:
+        console.print(table)
 
 
 def benchmarks(shown: Shown, console: Console) -> None:
@@ -107,7 +116,8 @@ def benchmarks(shown: Shown, console: Console) -> None:
         if found:
             figures = (found["output_tok_s"], found["total_tok_s"], found["ttft_ms"]["mean"], found["tpot_ms"]["mean"])
             table.add_row(node, *(f"{figure:,.1f}" for figure in figures), str(found["failed"]))
-    console.print(table)
+    if table.rows:
+        console.print(table)
 
 
 def commands(shown: Shown, console: Console) -> None:
@@ -117,19 +127,18 @@ def commands(shown: Shown, console: Console) -> None:
 
 
 def runs(found: list[journal.Run], as_json: bool) -> None:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for run in found:
         lines = list(run.lines())
-        end = lines[-1] if lines and lines[-1]["what"] == "end" else None
-        began = lines[0]["at"] if lines else ""
-        rows.append({"run": run.name, "began": began, "exit_code": end["exit_code"] if end else None})
+        code = lines[-1]["exit_code"] if lines and lines[-1]["what"] == "end" else None
+        ended = "runs" if code is None and run.alive() else "cut off" if code is None else "ended"
+        rows.append({"run": run.name, "began": lines[0]["at"] if lines else "", "state": ended, "exit_code": code})
     if as_json:
         print(json.dumps(rows, indent=2))
         return
     table = grid("RUN", "BEGAN", "EXIT CODE")
     for row in rows:
-        code = row["exit_code"]
-        table.add_row(row["run"], row["began"], "cut off" if code is None else str(code))
+        table.add_row(row["run"], row["began"], str(row["exit_code"]) if row["state"] == "ended" else row["state"])
     Console(highlight=False).print(table)
 
 
@@ -160,7 +169,7 @@ def summary(command: str, outcome: Outcome, shown: Shown) -> dict[str, Any]:
     if shown.state.facts:
         found["nodes"] = shown.state.facts
     if command == "status":
-        found["status"] = read_json(shown.results / "status.json")
+        found["status"] = fresh_status(shown)
     return found
 
 
@@ -173,7 +182,7 @@ HINTS = {
 }
 
 
-def epilogue(console: Console, again: str, outcome: Outcome, shown: Shown, deploys: bool) -> None:
+def epilogue(console: Console, again: str, outcome: Outcome, shown: Shown, *, stored: bool, deploys: bool) -> None:
     """The last lines: how it ended, and where to look or what to run."""
     errors = Console(stderr=True, highlight=False)
     for message in outcome.messages:
@@ -188,9 +197,8 @@ def epilogue(console: Console, again: str, outcome: Outcome, shown: Shown, deplo
         where = f" in the middle of {', '.join(at)}" if at and not outcome.messages else ""
         errors.print(f"glm-fleet: ended{where} as asked; to go on from here: {again}", markup=False, soft_wrap=True)
     elif outcome.code is not Exit.OK:
-        errors.print(
-            f"glm-fleet: {HINTS[outcome.code]} (exit code {int(outcome.code)}); what Ansible said: {shown.run.output}",
-            markup=False, soft_wrap=True,
-        )  # fmt: skip
+        said = f"; what Ansible said: {shown.run.output}" if stored else ""
+        line = f"glm-fleet: {HINTS[outcome.code]} (exit code {int(outcome.code)}){said}"
+        errors.print(line, markup=False, soft_wrap=True)
     elif deploys:
         console.print(f"Report: {shown.results / 'report.html'}", markup=False, soft_wrap=True)

@@ -27,11 +27,18 @@ STYLES = {
 NARROW = 64  # columns; below, a node's line has no detail beside it
 
 
+class Screen(Console):
+    """A console whose reader may leave: then it is silent, and the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class State:
     """What is known of each node, from the lines of the journal."""
 
     def __init__(self, title: str, nodes: Sequence[str]) -> None:
-        self.title, self.begun = title, time.monotonic()
+        self.title, self.begun, self.started = title, time.monotonic(), time.time()
         self.nodes: dict[str, dict[str, Any]] = {
             node: {"phase": "waiting", "since": self.begun, "detail": "", "wave": 0} for node in nodes
         }
@@ -118,9 +125,11 @@ class LiveView(Silent):
     @contextmanager
     def paused(self) -> Iterator[None]:
         self.live.stop()
-        yield
-        self.state.note = ""
-        self.live.start()
+        try:
+            yield
+        finally:
+            self.state.note = ""
+            self.live.start()
 
     def line(self, line: Line) -> None:
         self.state.take(line)

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from glm_fleet import journal
+from glm_fleet.cli import extra_settings
 from glm_fleet.errors import Exit, UsageProblem
 from glm_fleet.events import Translator
 from glm_fleet.playbook import KEPT, judge
@@ -98,28 +99,35 @@ def stats(**counts: dict[str, int]) -> dict[str, dict[str, int]]:
 
 FAILED = {"failures": {"node-1": 1}}
 ENDS: dict[str, tuple[Any, Exit, list[str]]] = {
-    "all ok": ((0, stats(), [], [], 1), Exit.OK, []),
-    "refused": ((2, stats(**FAILED), [line("failed", "no")], [], 0), Exit.REFUSED, ["no"]),
+    "all ok": ((0, stats(), [], []), Exit.OK, []),
+    "refused": ((2, stats(**FAILED), [line("failed", "no")], []), Exit.REFUSED, ["no"]),
     "rolled back": (
-        (2, stats(**FAILED, changed={"node-1": 1}), [line("failed", "first"), line("failed", "why")], [], 1),
+        (2, stats(**FAILED, changed={"node-1": 1}), [line("failed", "first"), line("failed", "why")], []),
         Exit.FAILED,
         ["why"],
     ),
-    "unreachable": ((4, stats(dark={"node-1": 1}), [line("unreachable", "gone")], [], 0), Exit.UNREACHABLE, ["gone"]),
+    "unreachable": ((4, stats(dark={"node-1": 1}), [line("unreachable", "gone")], []), Exit.UNREACHABLE, ["gone"]),
     "locked": (
-        (2, stats(**FAILED), [line("failed", "bob", locked=True), line("failed", "x")], [], 0),
+        (2, stats(**FAILED), [line("failed", "bob", locked=True), line("failed", "x")], []),
         Exit.LOCKED,
         ["bob"],
     ),
-    "no play": ((4, {}, [], ["[ERROR]: no such role"], 0), Exit.USAGE, ["no such role"]),
+    "cut off": ((1, {}, [], ["[ERROR]: no memory"]), Exit.FAILED, ["no memory"]),
 }
 
 
 @pytest.mark.parametrize("name", ENDS)
 def test_the_exit_code_says_how_it_ended(name: str) -> None:
     arguments, code, messages = ENDS[name]
-    outcome = judge(*arguments)
+    outcome = judge(*arguments, begun=True, changes=True)
     assert (outcome.code, outcome.messages) == (code, messages)
+
+
+def test_what_is_no_refusal_and_what_never_began() -> None:
+    asked = judge(2, stats(**FAILED), [line("failed", "wrong answer")], [], begun=True, changes=False)
+    assert asked.code == Exit.FAILED
+    broken = judge(4, {}, [], ["[ERROR]: no such role"], begun=False, changes=True)
+    assert (broken.code, broken.messages) == (Exit.USAGE, ["no such role"])
 
 
 # --- what is kept ---
@@ -303,3 +311,39 @@ def test_what_a_killed_run_left_goes_with_the_next(tmp_path: Path) -> None:
     journal.create(tmp_path, "status")
     assert not killed.private.exists()
     assert killed.journal.exists()
+
+
+PROBE = """\
+import sys, ansible_runner
+run = ansible_runner.Runner.run
+ansible_runner.Runner.run = lambda self: (print(self.config.env["ANSIBLE_HOST_KEY_CHECKING"]), run(self))
+from glm_fleet.cli import main
+main(["plan", "-i", sys.argv[1]])
+"""
+
+
+def test_host_keys_are_checked_as_the_project_says(inventory: Path) -> None:
+    """ansible-runner alone would trust whoever answers."""
+    command = [sys.executable, "-c", PROBE, str(inventory)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert run.stdout.startswith("True\n"), run.stderr
+
+
+def test_the_later_setting_wins_as_with_ansible(tmp_path: Path) -> None:
+    file = tmp_path / "site.yml"
+    file.write_text("glm_port: 1\n")
+    parts = extra_settings((f"@{file}", "glm_port=2", '{"glm_port": 3}'))
+    assert parts == [file, {"glm_port": "2"}, {"glm_port": 3}]
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(inventory: Path) -> None:
+    """As `| tee log` does on Ctrl-C."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    run = subprocess.run(
+        [sys.executable, "-m", "glm_fleet", "plan", "-i", str(inventory)],
+        cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=writer, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    os.close(writer)
+    assert run.returncode == 0
+    assert "docker run" in run.stdout
