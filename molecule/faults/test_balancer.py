@@ -6,10 +6,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import CANARY, GATEWAYS, Case
+from conftest import CANARY, GATEWAYS, NODES, Case
 
 FIRST, SECOND = GATEWAYS
 
@@ -53,14 +56,11 @@ def test_a_gateway_lost_at_the_drain(case: Case, release: str) -> None:
         stopped.set()
         thread.join()
         case.fleet.run(SECOND, "systemctl start ssh.service")
-    if run.code == 0:
-        case.what = "it was drained before the connection was lost; the rollout went on"
-        return
-    line = " ".join(run.messages[-1].split())
+    assert run.code != 0
+    assert case.fleet.engine(CANARY) == engine, "it was stopped although a gateway may still send requests there"
     settings = {"light_release": "after the gateway"}
     again = case.play(seconds=300, **settings)
-    kept = "the node kept its release" if case.fleet.engine(CANARY) == engine else "the node went back to its release"
-    case.converged(again, f"{kept} ({line[:160]}); the next run converged")
+    case.converged(again, "the node kept its release, and its engine was not stopped; the next run converged")
 
 
 @pytest.mark.fault("it does not know the node's name")
@@ -68,19 +68,6 @@ def test_a_name_that_no_gateway_has(case: Case, tmp_path: Path) -> None:
     inventory = case.fleet.other_inventory(tmp_path, "faults-2:", "faults-9:")
     run = case.play("--limit", "faults-9", playbook="playbooks/drain.yml", inventory=inventory)
     case.refused(run, r"this edge has no server faults-9 \(it has faults-1, faults-2\): run site\.yml")
-
-
-@pytest.mark.fault("it is reloaded during a drain")
-def test_a_reload_does_not_bring_a_drained_node_back(case: Case) -> None:
-    run = case.play("--limit", CANARY, playbook="playbooks/drain.yml")
-    assert run.code == 0, run.messages
-    for gateway in GATEWAYS:
-        case.fleet.run(gateway, "systemctl reload haproxy")
-    time.sleep(3)
-    assert {case.fleet.rotation(gateway)[CANARY].split()[0] for gateway in GATEWAYS} == {"out"}
-    run = case.play("--limit", CANARY, playbook="playbooks/undrain.yml")
-    assert run.code == 0, run.messages
-    case.what = "it stayed out on both, by the saved server state"
 
 
 ENDLESS = """
@@ -97,28 +84,78 @@ with httpx2.Client(timeout=600, trust_env=False) as client:
 """
 
 
-@pytest.mark.fault("a stream that never ends")
-def test_an_endless_stream_is_not_cut(case: Case, release: str) -> None:
-    """`abort`: the node keeps its release and goes on serving; `force` would cut what is left."""
+@contextmanager
+def endless_stream(case: Case) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """A client of the canary whose answer does not end, and what it has got so far."""
     client = subprocess.Popen([sys.executable, "-c", ENDLESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert client.stdin and client.stdout
     client.stdin.write(case.fleet.key() + "\n")
     client.stdin.flush()
     assert client.stdout.readline() == "token\n"
-    drained: list[str] = []
-    reader = threading.Thread(target=lambda: drained.extend(client.stdout or []))
+    tokens: list[str] = []
+    reader = threading.Thread(target=lambda: tokens.extend(client.stdout or []))
     reader.start()
     try:
-        run = case.play(**case.next(glm_rollout_drain_timeout=10))
-        case.rolled_back(run, r"faults-1: \d+ requests were still in flight after 10 s", release)
-        before = len(drained)
-        time.sleep(2)
-        assert client.poll() is None and len(drained) > before, "the stream was cut"
-        case.what += "; the stream goes on"
+        yield client, tokens
     finally:
         client.terminate()
         client.wait()
         reader.join()
+
+
+@pytest.mark.fault("a stream that never ends, policy abort")
+def test_an_endless_stream_is_not_cut(case: Case, release: str) -> None:
+    with endless_stream(case) as (client, tokens):
+        run = case.play(**case.next(glm_rollout_drain_timeout=10))
+        case.rolled_back(run, r"faults-1: \d+ requests were still in flight after 10 s", release)
+        before = len(tokens)
+        time.sleep(2)
+        assert client.poll() is None and len(tokens) > before, "the stream was cut"
+        case.what += "; the stream goes on"
+
+
+@pytest.mark.fault("a stream that never ends, policy force")
+def test_an_endless_stream_is_cut_where_the_policy_says_so(case: Case) -> None:
+    with endless_stream(case) as (client, _):
+        run = case.play(**case.next(glm_rollout_drain_timeout=10, glm_rollout_drain_policy="force"))
+        client.wait(timeout=30)
+    case.converged(run, "that stream was cut after the time to drain, no other request was; the rollout went on")
+
+
+@pytest.mark.fault("it is reloaded during a drain")
+def test_a_reload_does_not_bring_a_drained_node_back(case: Case) -> None:
+    with endless_stream(case), ThreadPoolExecutor() as pool:
+        drain = pool.submit(case.play, "--limit", CANARY, playbook="playbooks/drain.yml", glm_rollout_drain_timeout=20)
+        deadline = time.monotonic() + 60
+        while {case.fleet.rotation(gateway)[CANARY].split()[0] for gateway in GATEWAYS} != {"out"}:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        for gateway in GATEWAYS:
+            case.fleet.run(gateway, "systemctl reload haproxy")
+        time.sleep(3)
+        assert {case.fleet.rotation(gateway)[CANARY].split()[0] for gateway in GATEWAYS} == {"out"}
+    assert drain.result().code != 0  # the stream outlasted it
+    run = case.play("--limit", CANARY, playbook="playbooks/undrain.yml")
+    assert run.code == 0, run.messages
+    case.what = "it stayed out on both, by the saved server state"
+
+
+@pytest.mark.fault("one is stopped during a run")
+def test_a_gateway_that_is_stopped_in_between(case: Case, release: str) -> None:
+    """Its clients are refused at the door; the other one, and the rollout, must not suffer."""
+    case.spared = "a gateway that is stopped takes no requests"
+    process = case.fleet.begin(**case.next(light_load_seconds="10"))
+    case.began = time.monotonic()
+    assert process.stdout
+    assert any("Start the engine and wait" in line for line in process.stdout)
+    case.fleet.run(SECOND, "systemctl stop haproxy")
+    output = process.communicate(timeout=400)[0]
+    case.fleet.run(SECOND, "systemctl start haproxy")
+    time.sleep(3)
+    settings = {"light_release": "after the stopped gateway"}
+    first = "the rollout went on" if process.returncode == 0 else "the rollout halted with its reason"
+    assert process.returncode == 0 or "fatal: " in output
+    case.converged(case.play(seconds=400, **settings), f"{first}; the next run converged")
 
 
 @pytest.mark.fault("the minimum would be undercut")
@@ -130,6 +167,10 @@ def test_a_wave_that_takes_too_many(case: Case) -> None:
 @pytest.mark.vital
 @pytest.mark.fault("a node left drained by an earlier run")
 def test_a_node_left_drained_is_put_back(case: Case) -> None:
+    first = case.play(light_release="drained")
+    assert first.code == 0, first.messages
+    engines = [case.fleet.engine(node) for node in NODES]
+    case.began = time.monotonic()
     for gateway in GATEWAYS:
         program = (
             "import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/haproxy/admin.sock'); "
@@ -137,7 +178,9 @@ def test_a_node_left_drained_is_put_back(case: Case) -> None:
         )
         case.fleet.run(gateway, f'python3 -c "{program}"')
     assert not case.fleet.all_in()
-    case.converged(case.play(), "put back, verified, although its release had not changed")
+    settings = {"light_release": "drained"}
+    case.converged(case.play(**settings), "put back, verified, although its release had not changed")
+    assert [case.fleet.engine(node) for node in NODES] == engines
     assert case.fleet.all_in()
 
 

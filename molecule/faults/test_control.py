@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import CANARY, INVENTORY, NODES, OTHER, SETTINGS, Case
-from testbed import ROOT
+from conftest import CANARY, NODES, OTHER, Case
 
 NO_SSH = "systemctl kill --signal=KILL ssh.service; systemctl stop ssh.socket ssh.service"
 
@@ -89,7 +83,7 @@ def test_a_node_lost_in_its_turn(phase: str, words: str, case: Case, release: st
 
 PHASES = (
     "Read the node",
-    "Provide the engine's image",
+    "Read the arguments within the image",
     "Let its requests end",
     "Stop the engine gently",
     "Point to the release",
@@ -97,25 +91,6 @@ PHASES = (
     "Verify what it serves",
     "Put the node into rotation",
 )
-
-
-def begin(settings: dict[str, Any], playbook: str = "site.yml") -> subprocess.Popen[str]:
-    """A run in a session of its own, whose output can be read as it comes."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
-    extra = json.dumps({**SETTINGS, **settings})
-    return subprocess.Popen(
-        [f"{ROOT}/.venv/bin/ansible-playbook", playbook, "-i", str(INVENTORY), "-e", extra],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-
-
-def kill_at(process: subprocess.Popen[str], task: str) -> None:
-    assert process.stdout
-    seen = any(task in line for line in process.stdout)
-    assert seen, f"the run ended before {task}"
-    time.sleep(0.7)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 @pytest.mark.parametrize(
@@ -132,14 +107,14 @@ def kill_at(process: subprocess.Popen[str], task: str) -> None:
 def test_the_controller_is_killed_and_the_run_begun_again(task: str, case: Case) -> None:
     wanted = case.next()
     case.began = time.monotonic()
-    kill_at(begin(wanted), task)
+    case.fleet.kill_at(task, **wanted)
     case.converged(case.play(seconds=400, **wanted), "the same command, run again, converged")
 
 
 @pytest.mark.vital
 @pytest.mark.fault("two rollouts at once")
 def test_the_second_rollout_is_refused(case: Case) -> None:
-    process = begin(case.next(light_load_seconds="15"))
+    process = case.fleet.begin(**case.next(light_load_seconds="40"))
     assert process.stdout
     case.began = time.monotonic()
     assert any("Take the nodes to the release" in line for line in process.stdout)
@@ -152,7 +127,12 @@ def test_the_second_rollout_is_refused(case: Case) -> None:
 @pytest.mark.fault("the connection is lost in a long copy")
 def test_a_lost_connection_does_not_end_a_copy(case: Case, release: str) -> None:
     node = case.node()
-    settings = {"glm_model_revision": "2" * 40, "model_weights_directory": "/var/lib/glm/elsewhere"}
+    elsewhere = "/var/lib/glm/elsewhere"
+    settings = {
+        "glm_model_revision": "2" * 40,
+        "model_weights_directory": elsewhere,
+        "inference_service_model_dir": f"{elsewhere}/zai-org--GLM-5.2-FP8/{'2' * 40}",
+    }
 
     def lose() -> None:
         deadline = time.monotonic() + 120
@@ -168,7 +148,7 @@ def test_a_lost_connection_does_not_end_a_copy(case: Case, release: str) -> None
     losing = threading.Thread(target=lose)
     losing.start()
     try:
-        with case.mirror.hub(bytes_per_second=3_000_000):
+        with case.mirror.hub(bytes_per_second=20_000):
             run = case.play(seconds=500, **case.next(**settings))
         losing.join()
         assert "connection lost, reconnecting" in run.output, run.output[-3000:]
@@ -178,7 +158,7 @@ def test_a_lost_connection_does_not_end_a_copy(case: Case, release: str) -> None
     finally:
         losing.join()
         for name in NODES:
-            case.node(name).run("rm -rf /var/lib/glm/elsewhere", check=False)
+            case.node(name).run(f"rm -rf {elsewhere}", check=False)
 
 
 @pytest.mark.fault("the way back fails too")

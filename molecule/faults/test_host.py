@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,9 @@ def kernel_says(line: str) -> Callable[[Machine], AbstractContextManager[None]]:
 
     @contextmanager
     def said(node: Machine) -> Iterator[None]:
-        node.run(f"printf '4,1,0,-;{line}\\n' > /dev/kmsg")
+        # The journal takes no record with a number below those that it has seen.
+        node.run(f"printf '4,{time.time_ns()},0,-;{line}\\n' > /dev/kmsg")
+        node.run("for _ in $(seq 50); do journalctl -kq | grep -q 'fallen off' && exit; sleep 0.1; done; exit 1")
         try:
             yield
         finally:
@@ -159,6 +162,22 @@ def during(case: Case, phase: str, act: Callable[[], object]) -> threading.Threa
     return thread
 
 
+@pytest.mark.fault("a foreign process takes a GPU between stop and start")
+def test_a_gpu_that_is_held_after_the_stop(case: Case, release: str) -> None:
+    node = case.node()
+    node.run("systemd-run --quiet --unit=thief sleep 600")
+    pid = int(node.run("systemctl show thief --property MainPID --value"))
+    machine = json.dumps({"processes": [{"gpu": 0, "pid": pid, "name": "/usr/bin/sleep", "memory": 1024}]})
+    path = "/etc/nvidia-stand-in/machine.json"
+    acting = during(case, "stopping", lambda: node.run(f"mkdir -p $(dirname {path}) && cat > {path}", stdin=machine))
+    try:
+        run = case.play(seconds=300, **case.next(inference_service_gpu_free_timeout=15))
+    finally:
+        acting.join()
+        node.run(f"rm -f {path}; systemctl stop thief")
+    case.rolled_back(run, rf"A GPU was still held 15 s after the engine's stop, by process {pid}", release)
+
+
 @pytest.mark.fault("a reboot while the engine starts")
 def test_a_reboot_in_the_middle(case: Case, release: str) -> None:
     """The run loses the node, and leaves it out of rotation; the next one finishes what was begun."""
@@ -170,6 +189,10 @@ def test_a_reboot_in_the_middle(case: Case, release: str) -> None:
         if run.code == 0
         else f"the run ended ({run.messages[-1].splitlines()[0] if run.messages else 'node lost'})"
     )
+    deadline = time.monotonic() + 120
+    while case.node().run("systemctl is-active ssh docker", check=False).split() != ["active", "active"]:
+        assert time.monotonic() < deadline
+        time.sleep(1)
     settings = {"light_release": "after the reboot"}
     case.converged(case.play(seconds=400, **settings), f"{first}; the next run converged")
 

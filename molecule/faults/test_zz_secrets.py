@@ -17,16 +17,15 @@ EXTRA = "canary-engine-environment-that-must-not-leak"
 
 
 def holders(case: Case, host: str, secret: str) -> list[str]:
-    """Files of a host that hold it, but those that only root can read."""
+    """Files of a host that hold it, and that another user than root can read."""
     places = "/etc /opt /var/lib/glm /var/log /run /tmp /root /home /usr/local"
     found = (
         case.node(host)
         .run(f"grep -rlsF --exclude-dir=models --exclude-dir=cgroup -- '{secret}' {places} || true")
         .split()
     )
-    return [
-        path for path in found if case.node(host).run(f"stat -c %a:%U {path}").strip() not in ("600:root", "400:root")
-    ]
+    readable = "runuser -u nobody -- cat {path} >/dev/null 2>&1 && echo yes || true"
+    return [path for path in found if case.node(host).run(readable.format(path=path)).strip()]
 
 
 @pytest.mark.vital

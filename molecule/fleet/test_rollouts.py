@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
 import time
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GATEWAYS, INVENTORY, NODES, REAL, REAL_ENV, SETTINGS
+from conftest import GATEWAYS, NODES, REAL, REAL_ENV
 from fleet import OPENER, Fleet
 from testbed import ROOT, SNAPSHOT, Run, differences
 
@@ -202,19 +199,7 @@ def test_the_controller_of_a_rollback_is_killed_and_the_run_begun_again(fleet: F
 
 def kill_and_go_on(fleet: Fleet, task: str, playbook: str, **wanted: Any) -> None:
     """SIGKILL to the controller as the task has begun, then the same command once more."""
-    settings = json.dumps({**SETTINGS, **wanted})
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
-    command = [f"{ROOT}/.venv/bin/ansible-playbook", playbook, "-i", str(INVENTORY), "-e", settings]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout
-    seen = any(task in line for line in process.stdout)
-    assert seen, f"the run ended before {task}"
-    time.sleep(1)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    fleet.kill_at(task, playbook, **wanted)
     run = fleet.play(seconds=400, playbook=playbook, **wanted)
     assert run.code == 0, run.messages
     assert len(set(fleet.releases())) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from machines import Machine
-from testbed import SHARED, Play, Run
+from testbed import ROOT, SHARED, Play, Run
 
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -46,6 +47,30 @@ class Fleet:
         for name in ("group_vars", "keys"):
             (directory / name).symlink_to(self.playbook.inventory / name)
         return directory
+
+    def begin(self, playbook: str = "site.yml", **settings: Any) -> subprocess.Popen[str]:
+        """A run in a session of its own, whose output can be read as it comes: each task as it begins."""
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")},
+            "ANSIBLE_DISPLAY_SKIPPED_HOSTS": "true",
+            "ANSIBLE_SSH_CONTROL_PATH_DIR": str(self.playbook.scratch / "cp"),
+        }
+        extra = json.dumps({**self.settings, **settings})
+        return subprocess.Popen(
+            [f"{ROOT}/.venv/bin/ansible-playbook", playbook, "-i", str(self.playbook.inventory), "-e", extra],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def kill_at(self, task: str, playbook: str = "site.yml", **settings: Any) -> None:
+        """SIGKILL to the controller once the task has begun."""
+        process = self.begin(playbook, **settings)
+        assert process.stdout
+        seen = any(task in line for line in process.stdout)
+        assert seen, f"the run ended before {task}"
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
     def machine(self, host: str) -> Machine:
         return Machine(f"glm-{host}")

@@ -148,23 +148,23 @@ class Unit:
             return "failed"
         if has_job(state) or state.get("ActiveState") != "inactive":
             return "running"
-        return "done" if state.get("Type") == "oneshot" and known and self._finished(known) else "failed"
+        return "done" if state.get("Type") == "oneshot" and self._finished(known) else "failed"
 
     def _finished(self, invocation: str) -> bool:
-        """systemd forgets a oneshot unit that is inactive again, ended or stopped; the journal still knows which."""
+        """systemd forgets a oneshot unit that is inactive again, ended or stopped; the journal still knows which.
+
+        The connection may have been lost before the run's id was told: then it is the run since this start.
+        """
+        which = [f"INVOCATION_ID={invocation}"]
+        if not invocation:
+            try:
+                begun = os.stat(os.path.join(TOKENS, self.name)).st_mtime
+            except OSError:
+                return False
+            which = [f"--since=@{int(begun)}", f"UNIT={self.name}"]
         self.command("journalctl", "--sync")
-        return bool(
-            self.command(
-                "journalctl",
-                "--quiet",
-                "--no-pager",
-                "--output=cat",
-                "--lines=1",
-                f"INVOCATION_ID={invocation}",
-                "JOB_TYPE=start",
-                "JOB_RESULT=done",
-            ).stdout.strip()
-        )
+        read = ("journalctl", "--quiet", "--no-pager", "--output=cat", "--lines=1")
+        return bool(self.command(*read, *which, "JOB_TYPE=start", "JOB_RESULT=done").stdout.strip())
 
     def _failed(self, state: dict[str, str], stderr: str = "") -> dict[str, Any]:
         if self.command("systemctl", "is-system-running").stdout.strip() == "stopping":

@@ -123,6 +123,17 @@ def test_a_long_run_is_handed_on_and_then_watched(monkeypatch: pytest.MonkeyPatc
     assert watched["phase"] == "done" and watched["status_text"] == "1 GB of 2 GB"
 
 
+def test_a_run_that_ended_while_nobody_was_told_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection was lost in the first call, and the unit ended before it came back."""
+    client(monkeypatch, 0)
+    unit(Systemd([IDLE])).start()
+    systemd = Systemd([IDLE])
+    assert unit(systemd).start()["phase"] == "done"
+    (asked,) = [argv for argv in systemd.calls if "JOB_RESULT=done" in argv]
+    assert "UNIT=x.service" in asked and any(part.startswith("--since=@") for part in asked)
+    assert unit(Systemd([IDLE], finished="")).start()["phase"] == "failed"
+
+
 def test_a_start_in_progress_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = client(monkeypatch, 0)
     assert unit(Systemd([BUSY, BUSY, IDLE])).start()["phase"] == "done"
