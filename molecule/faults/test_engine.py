@@ -30,7 +30,7 @@ RELEASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "answers garbage": ("garbage", {}, r"failed: .*answered 'lkj 0 ~~ zzz'"),
     "killed for memory": ("out-of-memory", {}, r"glm-engine\.service: .*(137|killed|SIGKILL|memory)"),
 }
-VITAL = ("exits at once", "healthy, and no tokens", "answers garbage")
+VITAL = ("exits at once", "healthy, and no tokens")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,6 @@ def test_a_hung_engine_is_restarted_by_its_watchdog(case: Case, release: str) ->
     assert case.fleet.release(CANARY) == release
 
 
-@pytest.mark.vital
 @pytest.mark.fault("saturated, and healthy")
 def test_a_saturated_engine_is_left_alone(case: Case, release: str) -> None:
     engine = case.fleet.engine(CANARY)

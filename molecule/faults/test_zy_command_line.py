@@ -61,6 +61,7 @@ def whole(fleet: Fleet) -> bool:
     return False
 
 
+@pytest.mark.vital
 def test_status_and_report(fleet: Fleet, tmp_path: Path) -> None:
     up = call(tmp_path, "up", light_release="command line")
     assert up.returncode == 0, up.stderr
@@ -85,6 +86,7 @@ def test_a_canary_that_fails(fleet: Fleet, tmp_path: Path) -> None:
     assert whole(fleet)
 
 
+@pytest.mark.vital
 def test_ctrl_c_ends_after_the_wave_in_hand(fleet: Fleet, tmp_path: Path) -> None:
     before = fleet.release(OTHER)
     settings = {"light_release": "ctrl-c", "light_load_seconds": "10"}
