@@ -41,11 +41,15 @@ def differing_settings(
     hosts: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]], names: Iterable[str]
 ) -> list[str]:
     """One line for each setting of the whole fleet that the inventory sets differently for some hosts."""
-    chosen = list(hosts)
+    values: dict[str, set[str]] = {name: set() for name in names}
+    for host in hosts:
+        variables = hostvars[host]  # costly: once a host
+        for name, seen in values.items():
+            seen.add(str(variables.get(name, "")))
     return [
         f"{name}: differs between the nodes, but one value serves the whole fleet: set it once, in group_vars/all"
-        for name in names
-        if len({str(hostvars[host].get(name, "")) for host in chosen}) > 1
+        for name, seen in values.items()
+        if len(seen) > 1
     ]
 
 
