@@ -31,7 +31,11 @@ PHASES: tuple[tuple[str, str, str], ...] = (
 )
 # What a command is run for, by the variable that holds it.
 FACTS = {"__verify_result": "verify", "__benchmark_result": "benchmark"}
-COMMAND = "Show the engine's command and environment"
+# The tasks that say what it was run for.
+SAID = {
+    "Show the engine's command and environment": "command",
+    "Say where the endpoint and the report are": "verdict",
+}
 WAVES = "Take the nodes to the release"  # the play that goes through them
 APPROVAL = "Wait for an approval"
 PROGRESS = re.compile(r"^(?P<host>\S+) · (?P<text>\S+ · .*)$")
@@ -102,8 +106,8 @@ class Translator:
         for variable, name in FACTS.items():
             if variable in facts:
                 yield "fact", {"host": host, "name": name, "value": facts[variable]}
-        if task == COMMAND and kind == "ok":
-            yield "fact", {"host": host, "name": "command", "value": str(result.get("msg", ""))}
+        if task in SAID and kind == "ok":
+            yield "fact", {"host": host, "name": SAID[task], "value": str(result.get("msg", ""))}
         outcome = "changed" if kind == "ok" and result.get("changed") else kind
         if outcome == "failed" and data.get("ignore_errors"):
             return

@@ -9,7 +9,7 @@ Each line has `at` (UTC, ISO 8601) and `what`:
     approval  wave                             the answer to a pause is waited for
     result    host, outcome (changed, failed, unreachable), role, task, seconds, message
     progress  host, text                       of a long step
-    fact      host, name, value                verify, benchmark or command
+    fact      host, name, value                verify, benchmark, command or verdict
     entry     host, entry                      of the node in report.json
     end       exit_code, messages, hosts
 

@@ -167,7 +167,10 @@ def summary(command: str, outcome: Outcome, shown: Shown) -> dict[str, Any]:
         "journal": str(shown.run.journal),
     }
     if shown.state.facts:
-        found["nodes"] = shown.state.facts
+        found["nodes"] = {
+            node: {name: value for name, value in facts.items() if name != "verdict"}
+            for node, facts in shown.state.facts.items()
+        }
     if command == "status":
         found["status"] = fresh_status(shown)
     return found
@@ -192,7 +195,7 @@ def epilogue(console: Console, again: str, outcome: Outcome, shown: Shown, *, st
         at = [
             f"{node} ({seen['phase']})"
             for node, seen in shown.state.nodes.items()
-            if seen["phase"] not in ("waiting", "done", "ok")
+            if seen["phase"] not in ("waiting", "prepared", "done", "ok")
         ]
         where = f" in the middle of {', '.join(at)}" if at and not outcome.messages else ""
         errors.print(f"glm-fleet: ended{where} as asked; to go on from here: {again}", markup=False, soft_wrap=True)
@@ -201,4 +204,6 @@ def epilogue(console: Console, again: str, outcome: Outcome, shown: Shown, *, st
         line = f"glm-fleet: {HINTS[outcome.code]} (exit code {int(outcome.code)}){said}"
         errors.print(line, markup=False, soft_wrap=True)
     elif deploys:
-        console.print(f"Report: {shown.results / 'report.html'}", markup=False, soft_wrap=True)
+        for facts in shown.state.facts.values():
+            if "verdict" in facts:
+                console.print(facts["verdict"].rstrip(), markup=False, soft_wrap=True)

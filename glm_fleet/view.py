@@ -14,6 +14,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from glm_fleet.events import WAVES
 from glm_fleet.journal import Line
 
 STYLES = {
@@ -23,6 +24,7 @@ STYLES = {
     "unreachable": "bold red",
     "go back": "yellow",
     "waiting": "dim",
+    "prepared": "dim",
 }
 NARROW = 64  # columns; below, a node's line has no detail beside it
 
@@ -50,6 +52,9 @@ class State:
         what, node = line["what"], self.nodes.get(line.get("host", ""))
         if what == "play":
             self.play = line["play"]
+            if self.play == WAVES and not self.wave:
+                for waiting in self.nodes.values():
+                    waiting.update(phase="prepared", since=time.monotonic(), detail="")
         elif what == "wave":
             self.wave = line["number"]
             if node:
@@ -158,7 +163,9 @@ class LiveView(Silent):
             if any(other["wave"] for other in state.nodes.values()) and width >= NARROW:
                 cells.append(str(node["wave"] or ""))
             elapsed = (
-                "" if node["phase"] in ("waiting", "done", "failed", "unreachable") else clock(now - node["since"])
+                ""
+                if node["phase"] in ("waiting", "prepared", "done", "failed", "unreachable")
+                else clock(now - node["since"])
             )
             cells += [Text(node["phase"], style), elapsed]
             if width >= NARROW:
@@ -187,7 +194,7 @@ class LiveView(Silent):
         nodes = list(self.state.nodes.items())
         if len(nodes) <= room:
             return nodes
-        rank = {"failed": 0, "unreachable": 0, "waiting": 3, "done": 2}
+        rank = {"failed": 0, "unreachable": 0, "waiting": 3, "prepared": 3, "done": 2}
         ranked = sorted(range(len(nodes)), key=lambda index: (rank.get(nodes[index][1]["phase"], 1), index))
         return [nodes[index] for index in sorted(ranked[:room])]
 
