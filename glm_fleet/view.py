@@ -49,35 +49,45 @@ class State:
         self.facts: dict[str, dict[str, Any]] = {}  # what a command was run for: checks, figures, commands
 
     def take(self, line: Line) -> None:
-        what, node = line["what"], self.nodes.get(line.get("host", ""))
-        if what == "play":
-            self.play = line["play"]
-            if self.play == WAVES and not self.wave:
-                for waiting in self.nodes.values():
-                    waiting.update(phase="prepared", since=time.monotonic(), detail="")
-        elif what == "wave":
-            self.wave = line["number"]
-            if node:
-                node["wave"] = line["number"]
-        elif what == "phase" and node:
-            node.update(phase=line["phase"], since=time.monotonic(), detail="")
-        elif what == "progress" and node:
-            node["detail"] = line["text"].partition(" · ")[2] or line["text"]  # the phase says which unit
-        elif what == "result" and node and line["outcome"] != "changed":
+        """Each kind of line has a method of its name."""
+        method = getattr(self, f"_{line['what']}", None)
+        if method:
+            method(line, self.nodes.get(line.get("host", ""), {}))
+
+    def _play(self, line: Line, _: dict[str, Any]) -> None:
+        self.play = line["play"]
+        if self.play == WAVES and not self.wave:
+            for node in self.nodes.values():
+                node.update(phase="prepared", since=time.monotonic(), detail="")
+
+    def _wave(self, line: Line, node: dict[str, Any]) -> None:
+        self.wave = node["wave"] = line["number"]
+
+    def _phase(self, line: Line, node: dict[str, Any]) -> None:
+        node.update(phase=line["phase"], since=time.monotonic(), detail="")
+
+    def _progress(self, line: Line, node: dict[str, Any]) -> None:
+        node["detail"] = line["text"].partition(" · ")[2] or line["text"]  # the phase says which unit
+
+    def _result(self, line: Line, node: dict[str, Any]) -> None:
+        if line["outcome"] != "changed":
             node["detail"] = line["message"].splitlines()[0] if line["message"] else ""
-        elif what == "fact":
-            self.facts.setdefault(line["host"], {})[line["name"]] = line["value"]
-        elif what == "approval":
-            self.note = "waiting for an answer: go on with the next wave?"
-        elif what == "interrupt":
-            self.note = "stopping" if line["now"] else "ending after the wave in hand; Ctrl-C again stops at once"
-        elif what == "end":
-            self.ended = time.monotonic()
-            for name, outcome in line["hosts"].items():
-                if name in self.nodes:
-                    done = outcome in ("ok", "changed")
-                    self.nodes[name]["phase"] = "done" if done else outcome
-                    self.nodes[name]["since"] = self.ended
+
+    def _fact(self, line: Line, _: dict[str, Any]) -> None:
+        self.facts.setdefault(line["host"], {})[line["name"]] = line["value"]
+
+    def _approval(self, _line: Line, _: dict[str, Any]) -> None:
+        self.note = "waiting for an answer: go on with the next wave?"
+
+    def _interrupt(self, line: Line, _: dict[str, Any]) -> None:
+        self.note = "stopping" if line["now"] else "ending after the wave in hand; Ctrl-C again stops at once"
+
+    def _end(self, line: Line, _: dict[str, Any]) -> None:
+        self.ended = time.monotonic()
+        for name, outcome in line["hosts"].items():
+            if name in self.nodes:
+                phase = "done" if outcome in ("ok", "changed") else outcome
+                self.nodes[name].update(phase=phase, since=self.ended)
 
 
 def clock(seconds: float) -> str:
