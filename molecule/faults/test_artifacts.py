@@ -51,7 +51,7 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     "one byte is flipped": ({"flip": "model-00003-*"}, r"model-00003-\S+: expected sha256 [0-9a-f]{64}, found sha256"),
     "the hub refuses files with 503": ({"file": 503}, r"files could not be downloaded.*answers 503"),
 }
-VITAL = ("one byte is flipped",)
+VITAL = ("the hub answers 429",)
 
 
 def vital(names: Any) -> list[Any]:

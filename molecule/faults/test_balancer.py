@@ -164,7 +164,6 @@ def test_a_wave_that_takes_too_many(case: Case) -> None:
     case.refused(run, r"^Nothing was changed: wave 0 stops faults-1, faults-2 and leaves 0 of 2 serving nodes")
 
 
-@pytest.mark.vital
 @pytest.mark.fault("a node left drained by an earlier run")
 def test_a_node_left_drained_is_put_back(case: Case) -> None:
     first = case.play(light_release="drained")

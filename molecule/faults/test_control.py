@@ -111,7 +111,6 @@ def test_the_controller_is_killed_and_the_run_begun_again(task: str, case: Case)
     case.converged(case.play(seconds=400, **wanted), "the same command, run again, converged")
 
 
-@pytest.mark.vital
 @pytest.mark.fault("two rollouts at once")
 def test_the_second_rollout_is_refused(case: Case) -> None:
     process = case.fleet.begin(**case.next(light_load_seconds="40"))

@@ -86,7 +86,6 @@ def test_a_canary_that_fails(fleet: Fleet, tmp_path: Path) -> None:
     assert whole(fleet)
 
 
-@pytest.mark.vital
 def test_ctrl_c_ends_after_the_wave_in_hand(fleet: Fleet, tmp_path: Path) -> None:
     before = fleet.release(OTHER)
     settings = {"light_release": "ctrl-c", "light_load_seconds": "10"}
