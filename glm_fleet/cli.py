@@ -79,6 +79,7 @@ def nodes_completion(ctx: click.Context, _: click.Parameter, incomplete: str) ->
 
 
 def runs_completion(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """The runs of the inventory, for the shell."""
     try:
         runs = runs_of(read_inventory(Path(ctx.params.get("inventory") or "inventory/lambda")), ctx.params.get("runs"))
     except Exception:  # a completion never fails
@@ -132,7 +133,7 @@ BREAK_LOCK = click.option("--break-lock", is_flag=True, help="Take over the lock
 @running
 def up(nodes: tuple[str, ...], check: bool, break_lock: bool, **common: Any) -> None:
     """Take bare nodes, or those that serve, to a verified endpoint (site.yml)."""
-    settings = {"glm_rollout_break_lock": True} if break_lock else {}
+    settings = chosen(glm_rollout_break_lock=break_lock or None)
     play("up", "site.yml", nodes, settings, waves=True, check=check, **common)
 
 
@@ -160,21 +161,25 @@ def rollout(
     **common: Any,
 ) -> None:
     """Take the fleet to another release, wave by wave (site.yml)."""
-    wanted: dict[str, Any] = {
-        "glm_rollout_waves": wave_list(waves),
-        "glm_rollout_soak": soak,
-        "glm_rollout_pause": pause or None,
-        "glm_rollout_max_failures": max_failures,
-        "glm_rollout_break_lock": break_lock or None,
-    }
-    settings = {name: value for name, value in wanted.items() if value is not None}
+    settings = chosen(
+        glm_rollout_waves=wave_list(waves),
+        glm_rollout_soak=soak,
+        glm_rollout_pause=pause or None,
+        glm_rollout_max_failures=max_failures,
+        glm_rollout_break_lock=break_lock or None,
+    )
     play("rollout", "site.yml", nodes, settings, waves=True, check=check, **common)
+
+
+def chosen(**options: Any) -> dict[str, Any]:
+    """Those that the user has given: the others are the inventory's."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def wave_list(text: str | None) -> list[int | str] | None:
     """From 1,10%,25% to what glm_rollout_waves takes, which judges the shares."""
     waves: list[int | str] = []
-    for part in (text or "").split(",") if text is not None else []:
+    for part in text.split(",") if text is not None else []:
         try:
             waves.append(part.strip() if "%" in part else int(part))
         except ValueError:
@@ -224,12 +229,9 @@ def bench(nodes: tuple[str, ...], **common: Any) -> None:
 @running
 def rollback(nodes: tuple[str, ...], release: str | None, waves: str | None, break_lock: bool, **common: Any) -> None:
     """Take nodes back to the release before (playbooks/rollback.yml)."""
-    wanted: dict[str, Any] = {
-        "glm_release": release,
-        "glm_rollout_waves": wave_list(waves),
-        "glm_rollout_break_lock": break_lock or None,
-    }
-    settings = {name: value for name, value in wanted.items() if value is not None}
+    settings = chosen(
+        glm_release=release, glm_rollout_waves=wave_list(waves), glm_rollout_break_lock=break_lock or None
+    )
     play("rollback", "playbooks/rollback.yml", nodes, settings, waves=True, **common)
 
 

@@ -109,8 +109,6 @@ class Translator:
         if task in SAID and kind == "ok":
             yield "fact", {"host": host, "name": SAID[task], "value": str(result.get("msg", ""))}
         outcome = "changed" if kind == "ok" and result.get("changed") else kind
-        if outcome == "failed" and data.get("ignore_errors"):
-            return
         if outcome in ("changed", "failed", "unreachable"):
             said = "" if outcome == "changed" else self.items.get((host, str(data.get("task_uuid"))), message(data))
             locked = bool(outcome == "failed" and result.get("holder") and not result.get("mine", True))

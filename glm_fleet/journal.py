@@ -122,15 +122,21 @@ def create(runs: Path, command: str) -> Run:
             f"{runs}: the directory of the runs cannot be written ({problem.strerror}): mend it, or pass --runs DIR"
         ) from problem
     others = [run for run in known(runs) if run.directory != directory]
-    deployed = next((run for run in reversed(others) if run.entries()), None)  # its report can be asked for
     for run in others:
         # What a run that was killed could not take away itself.
         if run.private.exists() and not run.alive():
             shutil.rmtree(run.private, ignore_errors=True)
-    for run in others[: -KEPT + 1]:
+    old = others[: -KEPT + 1]
+    deployed = last_deployment(others) if old else None  # its report can be asked for
+    for run in old:
         if run != deployed and not run.alive():
             shutil.rmtree(run.directory, ignore_errors=True)
     return Run(directory)
+
+
+def last_deployment(runs: list[Run]) -> Run | None:
+    """The last of these that has deployed something."""
+    return next((run for run in reversed(runs) if run.entries()), None)
 
 
 def known(runs: Path) -> list[Run]:
@@ -149,7 +155,7 @@ def find(runs: Path, name: str) -> Run:
             some = ", ".join(run.name for run in found[-5:]) or "none yet"
             raise UsageProblem(f"{name}: there is no such run in {runs} (the last: {some})")
         return wanted[0]
-    for run in reversed(found):
-        if run.entries():
-            return run
-    raise UsageProblem(f"{runs}: no run there has deployed anything yet: glm-fleet up")
+    deployed = last_deployment(found)
+    if not deployed:
+        raise UsageProblem(f"{runs}: no run there has deployed anything yet: glm-fleet up")
+    return deployed

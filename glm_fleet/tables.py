@@ -195,7 +195,7 @@ def epilogue(console: Console, again: str, outcome: Outcome, shown: Shown, *, st
         at = [
             f"{node} ({seen['phase']})"
             for node, seen in shown.state.nodes.items()
-            if seen["phase"] not in ("waiting", "prepared", "done", "ok")
+            if seen["phase"] not in ("waiting", "prepared", "done")
         ]
         where = f" in the middle of {', '.join(at)}" if at and not outcome.messages else ""
         errors.print(f"glm-fleet: ended{where} as asked; to go on from here: {again}", markup=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -19,13 +20,13 @@ from glm_fleet.journal import Line
 
 STYLES = {
     "done": "green",
-    "ok": "green",
     "failed": "bold red",
     "unreachable": "bold red",
     "go back": "yellow",
     "waiting": "dim",
     "prepared": "dim",
 }
+AT_REST = ("waiting", "prepared", "done", "failed", "unreachable")  # nothing is being done to the node
 NARROW = 64  # columns; below, a node's line has no detail beside it
 
 
@@ -152,42 +153,38 @@ class LiveView(Silent):
             self.console.quiet = True
 
     def render(self) -> RenderableType:
-        state, width = self.state, self.console.width
+        state, wide = self.state, self.console.width >= NARROW
+        waves = wide and any(node["wave"] for node in state.nodes.values())
+        shown = self._shown()
         now = state.ended or time.monotonic()
         head = Text.assemble(
             (state.title, "bold"), ("  ", ""), (clock(now - state.begun), "cyan"), overflow="ellipsis", no_wrap=True
         )
         if state.wave:
             head.append(f"  wave {state.wave}", "magenta")
-        table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim", expand=width >= NARROW)
+        table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim", expand=wide)
         table.add_column("NODE", no_wrap=True, overflow="ellipsis")
-        if any(node["wave"] for node in state.nodes.values()) and width >= NARROW:
+        if waves:
             table.add_column("WAVE", justify="right")
         table.add_column("PHASE", no_wrap=True, min_width=10)
         table.add_column("FOR", justify="right", no_wrap=True, min_width=5)
-        if width >= NARROW:
+        if wide:
             table.add_column("", no_wrap=True, overflow="ellipsis", ratio=1)
-        for name, node in self._shown():
+        for name, node in shown:
             style = STYLES.get(node["phase"], "cyan")
             cells: list[Any] = [name]
-            if any(other["wave"] for other in state.nodes.values()) and width >= NARROW:
+            if waves:
                 cells.append(str(node["wave"] or ""))
-            elapsed = (
-                ""
-                if node["phase"] in ("waiting", "prepared", "done", "failed", "unreachable")
-                else clock(now - node["since"])
-            )
+            elapsed = "" if node["phase"] in AT_REST else clock(now - node["since"])
             cells += [Text(node["phase"], style), elapsed]
-            if width >= NARROW:
+            if wide:
                 cells.append(Text(node["detail"], "red" if style == "bold red" else "dim"))
             table.add_row(*cells)
         foot = Text(state.note or state.play, "yellow" if state.note else "dim", overflow="ellipsis", no_wrap=True)
         parts: list[RenderableType] = [head, table]
-        hidden = len(state.nodes) - len(self._shown())
+        hidden = len(state.nodes) - len(shown)
         if hidden:
-            counts: dict[str, int] = {}
-            for node in state.nodes.values():
-                counts[node["phase"]] = counts.get(node["phase"], 0) + 1
+            counts = Counter(node["phase"] for node in state.nodes.values())
             words = ", ".join(f"{count} {phase}" for phase, count in counts.items())
             parts.append(Text(f"… {hidden} more; all: {words}", "dim", overflow="ellipsis", no_wrap=True))
         if not state.ended:
