@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +28,7 @@ CANARY, OTHER = NODES
 GATEWAYS = {"faults-gateway-1": "http://198.18.72.5:8000", "faults-gateway-2": "http://198.18.72.6:8000"}
 IMAGES = ["vllm/vllm-openai:light"]
 SETTINGS: dict[str, Any] = {"glm_rollout_waves": [1, 1], "glm_watchdog_timeout": 15}
+FEWEST = 1  # nodes that the gateways offer and call up, at any time
 HEALTHY_WITHIN = 240  # seconds from the end of a test
 
 
@@ -45,7 +45,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         and not session.config.option.markexpr
         and not session.config.option.collectonly
     ):
-        shutil.rmtree(RESULTS / "cases", ignore_errors=True)
+        for old in (RESULTS / "cases").glob("*.json"):
+            old.unlink()
 
 
 @pytest.fixture(scope="session")
@@ -69,9 +70,7 @@ class Case:
     began: float = 0.0
     what: str = ""  # what happened, in a few words
     spared: str = ""  # why requests may be lost: the fault takes an engine, not the project
-    fewest: int = 1  # nodes that the gateways offered and called up, at any time
-    looks: list[tuple[float, int]] = field(default_factory=list)
-    result: dict[str, Any] = field(default_factory=dict)
+    looks: list[tuple[float, int]] = field(default_factory=list)  # when, and how many nodes were offered and up
 
     @property
     def mirror(self) -> Mirror:
@@ -88,6 +87,18 @@ class Case:
     def next(self, **settings: Any) -> dict[str, Any]:
         """The settings of a release that no node has."""
         return {"light_release": f"{self.fault} {time.time():.0f}", **settings}
+
+    def during(self, phase: str, act: Callable[[], object]) -> threading.Thread:
+        """Acts as soon as the canary's state says so."""
+        return once(lambda: self.fleet.state(CANARY)["phase"] == phase, act)
+
+    def during_the_copy(self, name: str, act: Callable[[Machine], object]) -> threading.Thread:
+        """Acts on a node as soon as its weights are being copied."""
+        node = self.node(name)
+        return once(
+            lambda: node.run("systemctl is-active glm-weights", check=False).strip() in ("active", "activating"),
+            lambda: act(node),
+        )
 
     def refused(self, run: Run, pattern: str) -> None:
         """Nothing was changed, and one line says why."""
@@ -115,6 +126,27 @@ class Case:
         assert run.code == 0, run.messages
         assert len(set(self.fleet.releases())) == 1
         self.what = what
+
+
+def once(ready: Callable[[], bool], act: Callable[[], object]) -> threading.Thread:
+    """Acts as soon as it is ready, while the test goes on; not at all if it is not within 200 s."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline:
+            if ready():
+                act()
+                return
+            time.sleep(0.1)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def cases(names: Iterable[str], vital: Collection[str]) -> list[Any]:
+    """The parameters of a table of faults, whose names are the table's keys."""
+    return [pytest.param(name, id=name, marks=[pytest.mark.vital] * (name in vital)) for name in names]
 
 
 def found(run: Run, pattern: str) -> str:
@@ -178,7 +210,7 @@ def case(fleet: Fleet, request: pytest.FixtureRequest) -> Iterator[Case]:
     lost = [*seen["failed"], *seen["cut"]]
     out = [at for at, up in case.looks if up < len(NODES) and at >= case.began]
     assert not lost or (case.spared and len(lost) < seen["sent"] / 4), lost
-    assert min((up for _, up in case.looks), default=len(NODES)) >= case.fewest, "too few nodes were offered"
+    assert min((up for _, up in case.looks), default=len(NODES)) >= FEWEST, "too few nodes were offered"
     if case.what:
         record(case, seen, round(max(out) - case.began) if out else 0)
 

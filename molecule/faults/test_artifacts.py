@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import pytest
-from conftest import NODES, Case
+from conftest import NODES, Case, cases
 from machines import Machine, Mirror
 from testbed import SHARED, docker
 
@@ -54,11 +54,7 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
 VITAL = ("the hub answers 429",)
 
 
-def vital(names: Any) -> list[Any]:
-    return [pytest.param(name, id=name, marks=[pytest.mark.vital] * (name in VITAL)) for name in names]
-
-
-@pytest.mark.parametrize("name", vital(REFUSED))
+@pytest.mark.parametrize("name", cases(REFUSED, VITAL))
 def test_it_is_refused(name: str, case: Case) -> None:
     fault, settings, line = REFUSED[name]
     with fault(case.mirror):
@@ -66,7 +62,7 @@ def test_it_is_refused(name: str, case: Case) -> None:
     case.refused(run, line)
 
 
-@pytest.mark.parametrize("name", vital(UNFIT))
+@pytest.mark.parametrize("name", cases(UNFIT, VITAL))
 def test_unfit_weights_never_serve(name: str, case: Case, release: str) -> None:
     faults, line = UNFIT[name]
     engines = [case.fleet.engine(node) for node in NODES]
@@ -108,19 +104,11 @@ def test_a_full_disk_is_refused(case: Case) -> None:
 def as_it_copies(case: Case, act: Callable[[Machine], object]) -> list[threading.Thread]:
     """Does it to each node a moment after its copy has begun."""
 
-    def wait(node: Machine) -> None:
-        deadline = time.monotonic() + 120
-        while node.run("systemctl is-active glm-weights", check=False).strip() not in ("active", "activating"):
-            if time.monotonic() > deadline:
-                return
-            time.sleep(0.2)
+    def later(node: Machine) -> None:
         time.sleep(3)
         act(node)
 
-    threads = [threading.Thread(target=wait, args=(case.node(name),)) for name in NODES]
-    for thread in threads:
-        thread.start()
-    return threads
+    return [case.during_the_copy(name, later) for name in NODES]
 
 
 @pytest.mark.fault("the disk fills up in the copy")

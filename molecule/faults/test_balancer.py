@@ -20,13 +20,8 @@ FIRST, SECOND = GATEWAYS
 @pytest.mark.vital
 @pytest.mark.fault("one of two cannot be reached at the start")
 def test_a_gateway_that_is_down_is_refused(case: Case) -> None:
-    case.fleet.run(
-        SECOND, "systemctl kill --signal=KILL ssh.service; systemctl stop ssh.socket ssh.service", check=False
-    )
-    try:
+    with case.node(SECOND).unreachable():
         run = case.play(**case.next())
-    finally:
-        case.fleet.run(SECOND, "systemctl start ssh.service")
     case.refused(run, r"^Nothing was changed: the gateway faults-gateway-2 was not reached")
 
 
@@ -34,28 +29,12 @@ def test_a_gateway_that_is_down_is_refused(case: Case) -> None:
 def test_a_gateway_lost_at_the_drain(case: Case, release: str) -> None:
     """The node stays where it is: nothing is stopped that a gateway may still send requests to."""
     engine = case.fleet.engine(CANARY)
-    stopped = threading.Event()
-
-    def cut() -> None:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not stopped.is_set():
-            if case.fleet.state(CANARY)["phase"] == "draining":
-                case.fleet.run(
-                    SECOND,
-                    "systemctl kill --signal=KILL ssh.service; systemctl stop ssh.socket ssh.service",
-                    check=False,
-                )
-                return
-            time.sleep(0.1)
-
-    thread = threading.Thread(target=cut)
-    thread.start()
+    acting = case.during("draining", case.node(SECOND).cut_off)
     try:
         run = case.play(seconds=300, **case.next())
     finally:
-        stopped.set()
-        thread.join()
-        case.fleet.run(SECOND, "systemctl start ssh.service")
+        acting.join()
+        case.node(SECOND).let_in()
     assert run.code != 0
     assert case.fleet.engine(CANARY) == engine, "it was stopped although a gateway may still send requests there"
     settings = {"light_release": "after the gateway"}
@@ -171,11 +150,7 @@ def test_a_node_left_drained_is_put_back(case: Case) -> None:
     engines = [case.fleet.engine(node) for node in NODES]
     case.began = time.monotonic()
     for gateway in GATEWAYS:
-        program = (
-            "import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/haproxy/admin.sock'); "
-            f"s.sendall(b'set server engines/{CANARY} state drain\\n'); print(s.makefile().read())"
-        )
-        case.fleet.run(gateway, f'python3 -c "{program}"')
+        case.fleet.haproxy(gateway, f"set server engines/{CANARY} state drain")
     assert not case.fleet.all_in()
     settings = {"light_release": "drained"}
     case.converged(case.play(**settings), "put back, verified, although its release had not changed")

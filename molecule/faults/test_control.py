@@ -2,59 +2,25 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import CANARY, NODES, OTHER, Case
-
-NO_SSH = "systemctl kill --signal=KILL ssh.service; systemctl stop ssh.socket ssh.service"
-
-
-def no_ssh(case: Case, node: str) -> None:
-    """The way to the node is gone; what runs there goes on."""
-    case.node(node).run(NO_SSH, check=False)
+from machines import Machine
 
 
-def ssh_again(case: Case, node: str) -> None:
-    case.node(node).run("systemctl start ssh.service")
-
-
-def as_soon_as(case: Case, phase: str, act: Callable[[], object]) -> threading.Thread:
-    def wait() -> None:
-        deadline = time.monotonic() + 200
-        while time.monotonic() < deadline:
-            if case.fleet.state(CANARY)["phase"] == phase:
-                act()
-                return
-            time.sleep(0.1)
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    return thread
-
-
-@pytest.mark.vital
-@pytest.mark.fault("a node cannot be reached before")
-def test_an_unreachable_node_is_named_and_nothing_changes(case: Case) -> None:
-    no_ssh(case, OTHER)
-    try:
+@pytest.mark.parametrize(
+    "node",
+    [
+        pytest.param(OTHER, id="a node cannot be reached before", marks=pytest.mark.vital),
+        pytest.param(CANARY, id="the canary cannot be reached"),
+    ],
+)
+def test_an_unreachable_node_is_named_and_nothing_changes(node: str, case: Case) -> None:
+    with case.node(node).unreachable():
         run = case.play(**case.next())
-    finally:
-        ssh_again(case, OTHER)
-    case.refused(run, r"^Nothing was changed\. Refused, as said above: faults-2")
-
-
-@pytest.mark.fault("the canary cannot be reached")
-def test_an_unreachable_canary(case: Case) -> None:
-    no_ssh(case, CANARY)
-    try:
-        run = case.play(**case.next())
-    finally:
-        ssh_again(case, CANARY)
-    case.refused(run, r"^Nothing was changed\. Refused, as said above: faults-1")
+    case.refused(run, rf"^Nothing was changed\. Refused, as said above: {node}")
 
 
 @pytest.mark.parametrize(
@@ -67,12 +33,12 @@ def test_an_unreachable_canary(case: Case) -> None:
 def test_a_node_lost_in_its_turn(phase: str, words: str, case: Case, release: str) -> None:
     """It stays out of rotation, the rollout halts, and the next run finishes what was begun."""
     other = case.fleet.engine(OTHER)
-    acting = as_soon_as(case, phase, lambda: no_ssh(case, CANARY))
+    acting = case.during(phase, case.node().cut_off)
     try:
         run = case.play(seconds=500, **case.next(light_load_seconds="15"), inference_service_reconnect_timeout=10)
     finally:
         acting.join()
-        ssh_again(case, CANARY)
+        case.node().let_in()
     assert run.code != 0
     assert case.fleet.engine(OTHER) == other, "the other node was touched"
     settings = {"light_release": f"after it was lost {words}"}
@@ -125,7 +91,6 @@ def test_the_second_rollout_is_refused(case: Case) -> None:
 
 @pytest.mark.fault("the connection is lost in a long copy")
 def test_a_lost_connection_does_not_end_a_copy(case: Case, release: str) -> None:
-    node = case.node()
     elsewhere = "/var/lib/glm/elsewhere"
     settings = {
         "glm_model_revision": "2" * 40,
@@ -133,19 +98,12 @@ def test_a_lost_connection_does_not_end_a_copy(case: Case, release: str) -> None
         "inference_service_model_dir": f"{elsewhere}/zai-org--GLM-5.2-FP8/{'2' * 40}",
     }
 
-    def lose() -> None:
-        deadline = time.monotonic() + 120
-        while node.run("systemctl is-active glm-weights", check=False).strip() not in ("active", "activating"):
-            if time.monotonic() > deadline:
-                return
-            time.sleep(0.2)
+    def lose(node: Machine) -> None:
         time.sleep(1)
-        node.run(NO_SSH, check=False)
-        time.sleep(8)
-        node.run("systemctl start ssh.service")
+        with node.unreachable():
+            time.sleep(8)
 
-    losing = threading.Thread(target=lose)
-    losing.start()
+    losing = case.during_the_copy(CANARY, lose)
     try:
         with case.mirror.hub(bytes_per_second=20_000):
             run = case.play(seconds=500, **case.next(**settings))
@@ -166,7 +124,7 @@ def test_a_rescue_that_fails(case: Case, release: str) -> None:
     node = case.node()
     run_file = f"/opt/glm/releases/{release}/run"
     node.run(f"cp -p {run_file} /root/run.good")
-    acting = as_soon_as(case, "starting", lambda: node.run(f"sed -i '2i exit 7' {run_file}"))
+    acting = case.during("starting", lambda: node.run(f"sed -i '2i exit 7' {run_file}"))
     run = case.play(seconds=400, **case.next(light_fault="exit-at-once"))
     acting.join()
     assert run.code != 0

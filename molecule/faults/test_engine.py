@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from conftest import CANARY, GATEWAYS, OTHER, Case
-from fleet import OPENER
+from conftest import CANARY, GATEWAYS, OTHER, Case, cases
 
 # How the new release misbehaves, other settings, and the one line.
 RELEASES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -33,9 +29,7 @@ RELEASES: dict[str, tuple[str, dict[str, Any], str]] = {
 VITAL = ("exits at once",)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, id=name, marks=[pytest.mark.vital] * (name in VITAL)) for name in RELEASES]
-)
+@pytest.mark.parametrize("name", cases(RELEASES, VITAL))
 def test_the_release_before_serves_again(name: str, case: Case, release: str) -> None:
     fault, settings, line = RELEASES[name]
     run = case.play(**case.next(light_fault=fault, **settings))
@@ -110,24 +104,8 @@ def test_a_crash_loop_ends_at_the_start_limit(case: Case, release: str) -> None:
 
 
 def chat(case: Case, prompt: str, key: str = "") -> int:
-    body = {
-        "model": "glm-5.2-fp8",
-        "messages": [{"role": "user", "content": prompt}],
-        "chat_template_kwargs": {"enable_thinking": False},
-    }
-    request = urllib.request.Request(
-        "http://198.18.72.10:8000/v1/chat/completions",
-        data=json.dumps(body).encode(),
-        headers={"Authorization": f"Bearer {key or case.fleet.key()}", "Content-Type": "application/json"},
-    )
-    try:
-        with OPENER.open(request, timeout=200) as answer:
-            answer.read()
-            return int(answer.status)
-    except urllib.error.HTTPError as refused:
-        return refused.code
-    except OSError:
-        return 0
+    """Status of the canary's own answer."""
+    return case.fleet.ask("http://198.18.72.10:8000", prompt, 200, key, chat_template_kwargs={"enable_thinking": False})
 
 
 @pytest.mark.fault("hangs: accepts, and never answers")

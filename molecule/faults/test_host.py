@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CANARY, NODES, Case
+from conftest import NODES, Case, cases
 from machines import Machine
 
 XID = "NVRM: Xid (PCI:0000:1b:00): 79, pid=1, GPU has fallen off the bus."
@@ -42,15 +40,6 @@ def small_shm(node: Machine) -> Iterator[None]:
         yield
     finally:
         node.run(f"mount -o remount,size={size} /dev/shm")
-
-
-@contextmanager
-def few_inodes(node: Machine) -> Iterator[None]:
-    node.run("mkdir -p /srv/few && mount -t tmpfs -o size=8g,nr_inodes=40 tmpfs /srv/few")
-    try:
-        yield
-    finally:
-        node.run("umount /srv/few && rmdir /srv/few")
 
 
 LATE = "/usr/local/bin/python3-late"
@@ -108,7 +97,11 @@ FAULTS: dict[str, tuple[Callable[[Machine], AbstractContextManager[None]], dict[
         r"remap",
     ),
     "a small /dev/shm": (small_shm, {}, r"^shared_memory: "),
-    "no inodes left": (few_inodes, {"glm_data_dir": "/srv/few"}, r"^inodes: "),
+    "no inodes left": (
+        lambda node: node.small_disk("/srv/few", "8g", "nr_inodes=40"),
+        {"glm_data_dir": "/srv/few"},
+        r"^inodes: ",
+    ),
     "a foreign process on a GPU": (
         lambda node: node.machine(processes=[{"gpu": 0, "pid": 1, "name": "/usr/bin/python3", "memory": 1024}]),
         {},
@@ -118,9 +111,7 @@ FAULTS: dict[str, tuple[Callable[[Machine], AbstractContextManager[None]], dict[
 VITAL = ("7 of 8 GPUs", "library and module differ")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, id=name, marks=[pytest.mark.vital] * (name in VITAL)) for name in FAULTS]
-)
+@pytest.mark.parametrize("name", cases(FAULTS, VITAL))
 def test_it_is_refused(name: str, case: Case) -> None:
     fault, settings, line = FAULTS[name]
     engines = [case.fleet.engine(node) for node in NODES]
@@ -146,42 +137,26 @@ def test_the_cdi_file_is_made_again(case: Case, release: str) -> None:
     assert case.node().run("ls /etc/cdi/nvidia.yaml /var/run/cdi/nvidia.yaml 2>/dev/null; true").strip()
 
 
-def during(case: Case, phase: str, act: Callable[[], object]) -> threading.Thread:
-    """Does it to the canary as soon as its state says so."""
-
-    def wait() -> None:
-        deadline = time.monotonic() + 200
-        while time.monotonic() < deadline:
-            if case.fleet.state(CANARY)["phase"] == phase:
-                act()
-                return
-            time.sleep(0.2)
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    return thread
-
-
 @pytest.mark.fault("a foreign process takes a GPU between stop and start")
 def test_a_gpu_that_is_held_after_the_stop(case: Case, release: str) -> None:
     node = case.node()
     node.run("systemd-run --quiet --unit=thief sleep 600")
     pid = int(node.run("systemctl show thief --property MainPID --value"))
-    machine = json.dumps({"processes": [{"gpu": 0, "pid": pid, "name": "/usr/bin/sleep", "memory": 1024}]})
-    path = "/etc/nvidia-stand-in/machine.json"
-    acting = during(case, "stopping", lambda: node.run(f"mkdir -p $(dirname {path}) && cat > {path}", stdin=machine))
+    thief = {"gpu": 0, "pid": pid, "name": "/usr/bin/sleep", "memory": 1024}
     try:
-        run = case.play(seconds=300, **case.next(inference_service_gpu_free_timeout=15))
+        with ExitStack() as faults:
+            acting = case.during("stopping", lambda: faults.enter_context(node.machine(processes=[thief])))
+            run = case.play(seconds=300, **case.next(inference_service_gpu_free_timeout=15))
+            acting.join()
     finally:
-        acting.join()
-        node.run(f"rm -f {path}; systemctl stop thief")
+        node.run("systemctl stop thief")
     case.rolled_back(run, rf"A GPU was still held 15 s after the engine's stop, by process {pid}", release)
 
 
 @pytest.mark.fault("a reboot while the engine starts")
 def test_a_reboot_in_the_middle(case: Case, release: str) -> None:
     """The run loses the node, and leaves it out of rotation; the next one finishes what was begun."""
-    acting = during(case, "starting", lambda: case.node().run("systemctl reboot", check=False))
+    acting = case.during("starting", lambda: case.node().run("systemctl reboot", check=False))
     run = case.play(seconds=500, **case.next(light_load_seconds="20"), inference_service_reconnect_timeout=5)
     acting.join()
     first = (
@@ -199,7 +174,7 @@ def test_a_reboot_in_the_middle(case: Case, release: str) -> None:
 
 @pytest.mark.fault("dockerd restarts while the engine starts")
 def test_dockerd_restarts_in_the_middle(case: Case, release: str) -> None:
-    acting = during(case, "starting", lambda: case.node().run("systemctl restart docker"))
+    acting = case.during("starting", lambda: case.node().run("systemctl restart docker"))
     run = case.play(seconds=400, **case.next(light_load_seconds="20"))
     acting.join()
     if run.code == 0:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import re
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
 from conftest import REAL, STALL
-from fleet import OPENER, Fleet
+from fleet import Fleet
 
 # Until then it serves again: two looks of 10 s at most, the time for requests that will never end and for their
 # connections (10 s each), a start, and the checks of both edges.
@@ -22,21 +20,8 @@ NODE, ADDRESS = "fleet-2", "http://198.18.71.11:8000"
 
 def ask(fleet: Fleet, prompt: str, timeout: float) -> int:
     """Status of the node's own answer; 0 where none came whole."""
-    thinking = {"chat_template_kwargs": {"enable_thinking": False}}
-    body = {"model": "glm-5.2-fp8", "max_tokens": 16, "messages": [{"role": "user", "content": prompt}], **thinking}
-    request = urllib.request.Request(
-        f"{ADDRESS}/v1/chat/completions",
-        data=json.dumps(body).encode(),
-        headers={"Authorization": f"Bearer {fleet.key()}", "Content-Type": "application/json"},
-    )
-    try:
-        with OPENER.open(request, timeout=timeout) as answer:
-            answer.read()
-            return int(answer.status)
-    except urllib.error.HTTPError as refused:
-        return refused.code
-    except OSError:
-        return 0
+    thinking = {"enable_thinking": False}
+    return fleet.ask(ADDRESS, prompt, timeout, max_tokens=16, chat_template_kwargs=thinking)
 
 
 def restarts(fleet: Fleet) -> int:

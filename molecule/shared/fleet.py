@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -90,13 +91,17 @@ class Fleet:
     def engine(self, node: str) -> str:
         return self.machine(node).engine()
 
-    def rotation(self, gateway: str) -> dict[str, str]:
-        """Of each node whether the gateway offers it, and whether it calls it up."""
+    def haproxy(self, gateway: str, command: str) -> str:
+        """What the gateway's HAProxy answers on its admin socket."""
         program = (
             "import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/haproxy/admin.sock'); "
-            "s.sendall(b'show servers state engines\\n'); print(s.makefile().read())"
+            f"s.sendall(b'{command}\\n'); print(s.makefile().read())"
         )
-        rows = [line.split() for line in self.run(gateway, f'python3 -c "{program}"').splitlines()]
+        return self.run(gateway, f'python3 -c "{program}"')
+
+    def rotation(self, gateway: str) -> dict[str, str]:
+        """Of each node whether the gateway offers it, and whether it calls it up."""
+        rows = [line.split() for line in self.haproxy(gateway, "show servers state engines").splitlines()]
         return {
             row[3]: f"{'out' if int(row[6]) & 0x3F else 'in'} {'up' if row[5] == '2' else 'down'}"
             for row in rows
@@ -112,17 +117,28 @@ class Fleet:
     def say(self, line: str) -> None:
         self.lines.append(line)
 
+    def ask(self, address: str, prompt: str, timeout: float, key: str = "", **more: Any) -> int:
+        """Status of the answer at an address; 0 where none came whole. `more` goes into the request's body."""
+        body = {"model": "glm-5.2-fp8", "messages": [{"role": "user", "content": prompt}], **more}
+        request = urllib.request.Request(
+            f"{address}/v1/chat/completions",
+            data=json.dumps(body).encode(),
+            headers={"Authorization": f"Bearer {key or self.key()}", "Content-Type": "application/json"},
+        )
+        try:
+            with OPENER.open(request, timeout=timeout) as answer:
+                answer.read()
+                return int(answer.status)
+        except urllib.error.HTTPError as refused:
+            return refused.code
+        except OSError:
+            return 0
+
     def accepts(self, gateway: str) -> bool:
         """Whether the gateway has answered a request."""
-        body = {"model": "glm-5.2-fp8", "max_tokens": 8, "messages": [{"role": "user", "content": "hello"}]}
         try:
-            request = urllib.request.Request(
-                f"{self.gateways[gateway]}/v1/chat/completions",
-                data=json.dumps(body).encode(),
-                headers={"Authorization": f"Bearer {self.key()}", "Content-Type": "application/json"},
-            )
-            return bool(OPENER.open(request, timeout=60).status == 200)
-        except OSError:  # no key yet, no gateway, or no node behind it
+            return self.ask(self.gateways[gateway], "hello", 60, max_tokens=8) == 200
+        except OSError:  # no key yet
             return False
 
     @contextmanager

@@ -55,9 +55,24 @@ class Machine:
         finally:
             self.run("systemctl stop squatter")
 
+    def cut_off(self) -> None:
+        """Nobody comes in by SSH any more, not even over a connection that is open; what runs there goes on."""
+        self.run("systemctl kill --signal=KILL ssh.service; systemctl stop ssh.socket ssh.service", check=False)
+
+    def let_in(self) -> None:
+        self.run("systemctl start ssh.service")
+
     @contextlib.contextmanager
-    def small_disk(self, path: str, size: str) -> Iterator[None]:
-        self.run(f"mkdir -p {path} && mount -t tmpfs -o size={size} tmpfs {path}")
+    def unreachable(self) -> Iterator[None]:
+        self.cut_off()
+        try:
+            yield
+        finally:
+            self.let_in()
+
+    @contextlib.contextmanager
+    def small_disk(self, path: str, size: str, *options: str) -> Iterator[None]:
+        self.run(f"mkdir -p {path} && mount -t tmpfs -o {','.join([f'size={size}', *options])} tmpfs {path}")
         try:
             yield
         finally:
