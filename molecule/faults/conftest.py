@@ -69,6 +69,7 @@ class Case:
     fault: str
     began: float = 0.0
     what: str = ""  # what happened, in a few words
+    engines: list[str] = field(default_factory=list)  # what serves as it begins
     spared: str = ""  # why requests may be lost: the fault takes an engine, not the project
     looks: list[tuple[float, int]] = field(default_factory=list)  # when, and how many nodes were offered and up
 
@@ -118,7 +119,7 @@ class Case:
         """It ended before the first wave: both nodes serve on, untouched."""
         assert run.code != 0
         line = found(run, pattern)
-        found(run, r"No engine was touched: ")
+        assert [self.fleet.engine(node) for node in NODES] == self.engines, "an engine was touched"
         assert self.fleet.releases() == [release] * len(NODES)
         self.what = f"ended before the first wave, no engine touched: {line}"
 
@@ -194,6 +195,7 @@ def case(fleet: Fleet, request: pytest.FixtureRequest) -> Iterator[Case]:
     if not fleet.all_in() or any(serves(fleet, node) for node in NODES) or len(set(fleet.releases())) > 1:
         mended = fleet.play(seconds=600)  # what the case before has broken is not this one's
         assert mended.code == 0, mended.messages
+    case.engines = [fleet.engine(node) for node in NODES]
     with ThreadPoolExecutor() as pool, fleet.load(case.fault, check=False) as seen:
         watching = pool.submit(watch, case, stop)
         try:

@@ -6,7 +6,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -65,32 +65,45 @@ def test_it_is_refused(name: str, case: Case) -> None:
 @pytest.mark.parametrize("name", cases(UNFIT, VITAL))
 def test_unfit_weights_never_serve(name: str, case: Case, release: str) -> None:
     faults, line = UNFIT[name]
-    engines = [case.fleet.engine(node) for node in NODES]
     try:
         with case.mirror.hub(**faults):
             run = case.play(seconds=240, **case.next(**ELSEWHERE))
-        case.rolled_back(run, line, release)
-        case.what = case.what.replace(
-            "rolled back, rollout halted", "ended before the first wave, no engine was touched"
-        )
-        assert [case.fleet.engine(node) for node in NODES] == engines
-        assert (
-            NEXT_REVISION
-            not in case.node().run(f"ls {ELSEWHERE['model_weights_directory']}/* 2>/dev/null; true").split()
-        )
+        case.unprepared(run, line, release)
+        there = case.node().run(f"ls {ELSEWHERE['model_weights_directory']}/* 2>/dev/null; true").split()
+        assert NEXT_REVISION not in there
     finally:
         for node in NODES:
             case.node(node).run("rm -rf /var/lib/glm/elsewhere; systemctl reset-failed glm-weights", check=False)
 
 
-@pytest.mark.fault("a file on disk is missing")
-def test_weights_on_disk_are_mended(case: Case, release: str) -> None:
-    """In the directory that the engine has open: it goes on with what it has read."""
-    directory = case.node().run("ls -d /var/lib/glm/models/*/1111111111111111111111111111111111111111").strip()
-    case.node().run(f"rm {directory}/tokenizer_config.json")
-    run = case.play(seconds=400, **case.next(), model_weights_verify=True)
-    case.converged(run, "with model_weights_verify it was found and fetched again before the node's turn")
-    assert case.node().run(f"ls {directory}/tokenizer_config.json").strip()
+FLIP = "import sys; f = open(sys.argv[1], 'r+b'); byte = f.read(1)[0]; f.seek(0); f.write(bytes([byte ^ 1]))"
+# What happens in the directory that the engine has open: it goes on with what it has read.
+ON_DISK: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a file on disk is missing": ("rm tokenizer_config.json", {}, "fetched again"),
+    "a file on disk that the revision does not list": (
+        "cp config.json model-00009-of-00009.safetensors",
+        {},
+        "removed",
+    ),
+    "a byte on disk is flipped": (
+        f'python3 -c "{FLIP}" tokenizer_config.json',
+        {"model_weights_verify": True},
+        "found by its hash with model_weights_verify, fetched again",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", cases(ON_DISK, VITAL))
+def test_weights_on_disk_are_mended(name: str, case: Case, release: str) -> None:
+    act, settings, how = ON_DISK[name]
+    directory = f"/var/lib/glm/models/zai-org--GLM-5.2-FP8/{'1' * 40}"
+    look = f"cd {directory} && find . -type f ! -name .glm-manifest.json -exec sha256sum {{}} + | sort"
+    before = case.node().run(look)
+    case.node().run(f"cd {directory} && {act}")
+    assert case.node().run(look) != before
+    run = case.play(seconds=400, **case.next(), **settings)
+    case.converged(run, f"{how} as the node was prepared, before its turn")
+    assert case.node().run(look) == before
 
 
 @pytest.mark.fault("the disk is full before the pull")
@@ -114,7 +127,6 @@ def as_it_copies(case: Case, act: Callable[[Machine], object]) -> list[threading
 @pytest.mark.fault("the disk fills up in the copy")
 def test_a_disk_that_fills_up_ends_the_copy(case: Case, release: str) -> None:
     """Room enough as the copy begins; then something else takes it."""
-    engines = [case.fleet.engine(node) for node in NODES]
     fill = "dd if=/dev/zero of=/srv/elsewhere/filler bs=1M status=none"
     with ExitStack() as faults:
         for name in NODES:
@@ -127,10 +139,9 @@ def test_a_disk_that_fills_up_ends_the_copy(case: Case, release: str) -> None:
     for name in NODES:
         case.node(name).run("systemctl reset-failed glm-weights", check=False)
     case.unprepared(run, r"no space left while", release)
-    assert [case.fleet.engine(node) for node in NODES] == engines
 
 
-@pytest.mark.fault("the hub dies in the middle of a copy")
+@pytest.mark.fault("the hub, from which every node is seeded, dies in a copy")
 def test_a_hub_that_dies(case: Case, release: str) -> None:
     hub = ("docker", "exec", case.mirror.container, "systemctl")
     with case.mirror.hub(bytes_per_second=20_000):
@@ -146,24 +157,40 @@ def test_a_hub_that_dies(case: Case, release: str) -> None:
     case.unprepared(run, r"(could not be downloaded|cannot be reached|does not answer)", release)
 
 
-LIAR = "vllm/vllm-openai:liar"
+@contextmanager
+def pushed(case: Case, name: str, line: str) -> Iterator[str]:
+    """The light engine's image with one layer more, in the mirror's registry."""
+    docker("build", "--quiet", "--tag", name, "-", stdin=f"FROM vllm/vllm-openai:light\n{line}\n")
+    subprocess.run([str(SHARED / "push-images"), case.mirror.container, name], check=True, timeout=300)
+    try:
+        yield name
+    finally:
+        docker("image", "rm", name)
+
+
+@pytest.mark.fault("the disk fills up in the pull")
+def test_a_disk_that_is_full_in_the_pull(case: Case, release: str) -> None:
+    """Where Docker keeps a layer until it is whole."""
+    line = "RUN head -c 48M /dev/urandom > /layer"
+    with pushed(case, "vllm/vllm-openai:large", line) as image, case.node().small_disk("/var/lib/docker/tmp", "8m"):
+        run = case.play(seconds=300, **case.next(glm_image=image))
+    case.unprepared(run, r"the disk of Docker's directory \S+ is full", release)
 
 
 @pytest.fixture
 def tampered(case: Case) -> Iterator[str]:
     """An image of the mirror whose registry hands out another manifest than the one that has the digest."""
-    docker("build", "--quiet", "--tag", LIAR, "-", stdin="FROM vllm/vllm-openai:light\nLABEL of=liars\n")
+    storage = "/var/lib/docker-registry/docker/registry/v2"
     container = case.mirror.container
-    subprocess.run([str(SHARED / "push-images"), container, LIAR], check=True, timeout=300)
-    link = "/var/lib/docker-registry/docker/registry/v2/repositories/vllm/vllm-openai/_manifests/tags/liar/current/link"
-    digest = docker("exec", container, "cat", link).strip()
-    blob = f"/var/lib/docker-registry/docker/registry/v2/blobs/sha256/{digest[7:9]}/{digest[7:]}/data"
-    docker("exec", container, "sh", "-c", f"cp {blob} {blob}.good && printf ' ' >> {blob}")
-    try:
-        yield LIAR
-    finally:
-        docker("exec", container, "mv", f"{blob}.good", blob)
-        docker("image", "rm", LIAR)
+    with pushed(case, "vllm/vllm-openai:liar", "LABEL of=liars") as image:
+        link = f"{storage}/repositories/vllm/vllm-openai/_manifests/tags/liar/current/link"
+        digest = docker("exec", container, "cat", link).strip()
+        blob = f"{storage}/blobs/sha256/{digest[7:9]}/{digest[7:]}/data"
+        docker("exec", container, "sh", "-c", f"cp {blob} {blob}.good && printf ' ' >> {blob}")
+        try:
+            yield image
+        finally:
+            docker("exec", container, "mv", f"{blob}.good", blob)
 
 
 @pytest.mark.vital

@@ -150,3 +150,20 @@ def test_a_node_that_left_the_inventory(case: Case, tmp_path: Path) -> None:
     inventory = case.fleet.other_inventory(tmp_path, "        faults-2: {ansible_host: 198.18.72.11}\n", "")
     run = case.play(inventory=inventory, glm_accept_downtime=True, **case.next())
     case.refused(run, r"offers the node faults-2, which is not in the inventory")
+
+
+@pytest.mark.fault("a node is added in between")
+def test_a_node_that_joins(case: Case, tmp_path: Path) -> None:
+    """One that was taken down for good, and is new to the gateways."""
+    settings = case.next()
+    line = "        faults-2: {ansible_host: 198.18.72.11}\n"
+    for run in (
+        case.play(**settings),
+        case.play("--limit", OTHER, playbook="playbooks/teardown.yml"),
+        case.play(inventory=case.fleet.other_inventory(tmp_path, line, ""), **settings),
+    ):
+        assert run.code == 0, run.messages
+    assert all(set(case.fleet.rotation(gateway)) == {CANARY} for gateway in case.fleet.gateways)
+    engine = case.fleet.engine(CANARY)
+    case.converged(case.play(**settings), "verified, and put into rotation beside the one that serves")
+    assert case.fleet.engine(CANARY) == engine, "the node that serves was touched"

@@ -114,11 +114,10 @@ VITAL = ("7 of 8 GPUs", "library and module differ")
 @pytest.mark.parametrize("name", cases(FAULTS, VITAL))
 def test_it_is_refused(name: str, case: Case) -> None:
     fault, settings, line = FAULTS[name]
-    engines = [case.fleet.engine(node) for node in NODES]
     with fault(case.node()):
         run = case.play(**case.next(**settings))
     case.refused(run, line)
-    assert [case.fleet.engine(node) for node in NODES] == engines
+    assert [case.fleet.engine(node) for node in NODES] == case.engines
 
 
 @pytest.mark.fault("a clock an hour late")
@@ -135,6 +134,15 @@ def test_the_cdi_file_is_made_again(case: Case, release: str) -> None:
     case.node().run("rm -f /etc/cdi/nvidia.yaml /var/run/cdi/nvidia.yaml")
     case.converged(case.play(**case.next()), "made again as the node was prepared, before its turn")
     assert case.node().run("ls /etc/cdi/nvidia.yaml /var/run/cdi/nvidia.yaml 2>/dev/null; true").strip()
+
+
+@pytest.mark.fault("the container toolkit is gone")
+def test_the_toolkit_is_installed_again(case: Case, release: str) -> None:
+    packages = case.node().run("dpkg-query -W -f '${Package}\\n' 'nvidia-container-toolkit*'").split()
+    case.node().run(f"dpkg --purge --force-depends {' '.join(packages)}")
+    assert not case.node().run("command -v nvidia-ctk || true").strip()
+    case.converged(case.play(**case.next()), "installed again as the node was prepared, before its turn")
+    assert case.node().run("command -v nvidia-ctk").strip()
 
 
 @pytest.mark.fault("a foreign process takes a GPU between stop and start")

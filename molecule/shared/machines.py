@@ -76,7 +76,7 @@ class Machine:
         try:
             yield
         finally:
-            self.run(f"umount {path} && rmdir {path}")
+            self.run(f"umount {path} && rmdir --ignore-fail-on-non-empty {path}")
 
     @contextlib.contextmanager
     def other_library(self, version: str) -> Iterator[None]:

@@ -535,25 +535,33 @@ def release(base: str) -> dict[str, Any]:
     return {"current": target("current"), "previous": target("previous"), "ids": ids}
 
 
-def allocated_bytes(directory: str) -> int:
-    """As du counts: a file that is still being filled holds less than its size."""
-    total = 0
+def files_below(directory: str) -> dict[str, os.stat_result]:
+    """By their path below it."""
+    found = {}
     for base, _, names in os.walk(directory):
         for name in names:
+            path = os.path.join(base, name)
             try:
-                total += os.lstat(os.path.join(base, name)).st_blocks * 512
+                found[os.path.relpath(path, directory)] = os.lstat(path)
             except OSError:
-                continue
-    return total
+                continue  # it has just gone
+    return found
 
 
 def model(directory: str) -> Model:
-    manifest = read_json(os.path.join(directory, ".glm-manifest.json"))
+    """Complete: what the manifest lists and nothing else, each file with its size. Hashes are glm-weights' work."""
+    marker = ".glm-manifest.json"
+    manifest = read_json(os.path.join(directory, marker))
+    wanted = {item["path"]: item["size"] for item in (manifest or {}).get("files", [])}
+    sizes = {path: found.st_size for path, found in files_below(directory).items() if path != marker}
     return {
-        "complete": manifest is not None,
+        "complete": manifest is not None and sizes == wanted,
         "manifest_sha256": (manifest or {}).get("sha256"),
         "revision": (manifest or {}).get("revision"),
-        "partial_bytes": allocated_bytes(directory.rstrip("/") + ".partial"),
+        # As du counts: a file that is still being filled holds less than its size.
+        "partial_bytes": sum(
+            found.st_blocks * 512 for found in files_below(f"{directory.rstrip('/')}.partial").values()
+        ),
     }
 
 

@@ -158,9 +158,18 @@ def test_model(tmp_path: Path) -> None:
     (partial / "shard").write_bytes(b"x" * 65536)
     assert node_info.model(str(directory))["partial_bytes"] >= 65536
     directory.mkdir()
-    (directory / ".glm-manifest.json").write_text('{"sha256": "abc", "revision": "r"}')
+    files = [{"path": "shard", "size": 3}, {"path": "more/config", "size": 2}]
+    (directory / ".glm-manifest.json").write_text(json.dumps({"sha256": "abc", "revision": "r", "files": files}))
+    assert not node_info.model(str(directory))["complete"]
+    (directory / "more").mkdir()
+    (directory / "more/config").write_bytes(b"{}")
+    (directory / "shard").write_bytes(b"ab")
+    assert not node_info.model(str(directory))["complete"]
+    (directory / "shard").write_bytes(b"abc")
     seen = node_info.model(str(directory))
     assert (seen["complete"], seen["manifest_sha256"], seen["revision"]) == (True, "abc", "r")
+    (directory / "stray").touch()
+    assert not node_info.model(str(directory))["complete"]
 
 
 def test_release(tmp_path: Path) -> None:

@@ -255,6 +255,17 @@ def test_damage_at_rest_is_repaired_in_place(node: Node) -> None:
     assert node.names() == {REVISION}
 
 
+def test_a_file_that_is_not_of_the_revision_is_removed(node: Node) -> None:
+    node.ok()
+    stray = node.models / REVISION / "old" / SHARDS[0]
+    stray.parent.mkdir()
+    stray.write_bytes(b"of another revision")
+    node.ok()
+    assert not stray.parent.exists()
+    assert node.content()[SHARDS[0]] == model()[SHARDS[0]]
+    assert (node.models / REVISION / ".glm-manifest.json").exists()
+
+
 def test_damage_that_cannot_be_repaired_is_no_longer_complete(node: Node) -> None:
     node.ok()
     (node.models / REVISION / SHARDS[0]).write_bytes(b"short")
