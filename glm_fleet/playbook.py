@@ -121,8 +121,9 @@ class Playbook:
         for name in list(os.environ):
             if not KEPT.match(name) and name not in self.order.keep:
                 del os.environ[name]
-        # ansible-runner would set it to no where it is not set.
+        # ansible-runner sets both, whatever ansible.cfg says.
         os.environ.setdefault("ANSIBLE_HOST_KEY_CHECKING", str(constants.HOST_KEY_CHECKING))
+        os.environ.setdefault("ANSIBLE_CALLBACK_PLUGINS", str(ROOT / "plugins/callback"))
         with journal.opened(self.run.output) as self.output:
             config = ansible_runner.RunnerConfig(
                 private_data_dir=str(self.private),

@@ -62,7 +62,7 @@ VARIABLES = (
 <!-- Made by tools/role_docs.py from the roles' argument specs and defaults: edit those. -->
 # Variables
 
-What a user sets comes first: the `glm_` variables, in the inventory. playbooks/vars/roles.yml maps them onto the
+What a user sets comes first: the `glm_` variables, in the inventory. roles/glm/vars/main.yml maps them onto the
 variables of the roles, which follow; set one of these only where no `glm_` variable does it.
 {% for role in roles %}
 

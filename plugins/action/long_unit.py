@@ -10,8 +10,9 @@ from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
-FIRST_WAIT = 5.0  # seconds that the first call stays on the node; a short run ends within it
-WAIT = 10.0
+# Seconds that the first call stays on the node, and the longest: each stays twice as long as the one before, so that
+# a short run shows its progress soon and a long one costs few calls. All end with the run.
+FIRST_WAIT, LONGEST_WAIT = 5.0, 30.0
 RECONNECT_PAUSE = 5.0
 
 
@@ -54,7 +55,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 }
             follow.update(
                 started=answer["phase"] != "lost",
-                wait=min(WAIT, max(0.0, timeout - elapsed)),
+                wait=min(2 * follow["wait"], LONGEST_WAIT, max(0.0, timeout - elapsed)),
                 run_id=answer["run_id"],
                 boot=answer["boot"],
             )

@@ -19,6 +19,7 @@ type: aggregate
 short_description: Counts the ssh processes that a playbook starts per node
 description:
   - Each ssh, scp or sftp process is one round trip, retries included. Local connections count nothing.
+  - C(waits) are those of them that only follow a long unit on, which are as many as the unit takes time.
   - Ends with a table; with C(-v) also the tasks of the node that cost most.
 options:
   json_path:
@@ -32,16 +33,20 @@ requirements: [enable it in callbacks_enabled]
 
 def count_ssh_processes(log: str) -> None:
     """Has each worker add a line to `log` per process; workers are forks, so they inherit the wrappers."""
-    current = {"host": "", "task": ""}
+    current = {"host": "", "task": "", "action": ""}
     run_task, start_process = TaskExecutor.run, ssh.Connection._bare_run
 
     def run(self: Any) -> Any:
         # A delegated task's host is known by its address alone, until a task of its own names it.
-        current.update(host="" if self._task.delegate_to else str(self._host.name), task=self._task.get_name())
+        current.update(
+            host="" if self._task.delegate_to else str(self._host.name),
+            task=self._task.get_name(),
+            action=self._task.action,
+        )
         return run_task(self)
 
     def bare_run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        line = json.dumps([current["host"], self.host, current["task"]]) + "\n"
+        line = json.dumps([current["host"], self.host, current["task"], current["action"]]) + "\n"
         descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
         try:
             os.write(descriptor, line.encode())  # one short write to the end of a file is not torn apart
@@ -54,12 +59,15 @@ def count_ssh_processes(log: str) -> None:
 
 def summarise(lines: list[str]) -> dict[str, dict[str, Any]]:
     tasks: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    waits: collections.Counter[str] = collections.Counter()
     trips = [json.loads(line) for line in lines]
-    names = {address: host for host, address, _ in trips if host}
-    for host, address, task in trips:
-        tasks[host or names.get(address, address)][task] += 1
+    names = {address: host for host, address, *_ in trips if host}
+    for host, address, task, action in trips:
+        name = host or names.get(address, address)
+        waits[name] += action == "long_unit" and tasks[name][task] > 0
+        tasks[name][task] += 1
     return {
-        host: {"round_trips": sum(counts.values()), "tasks": dict(counts.most_common())}
+        host: {"round_trips": sum(counts.values()), "waits": waits[host], "tasks": dict(counts.most_common())}
         for host, counts in sorted(tasks.items())
     }
 

@@ -60,7 +60,7 @@ def test_a_folded_text_is_one_line(path: Path) -> None:
 def test_settings_that_are_used_are_those_that_are_specified() -> None:
     spec = yaml.safe_load((ROOT / "roles/glm/meta/argument_specs.yml").read_text())
     known = set(spec["argument_specs"]["main"]["options"])
-    readers = [ROOT / "playbooks/vars/roles.yml", ROOT / "plugins/filter/rollout.py"]
+    readers = [ROOT / "roles/glm/vars/main.yml", ROOT / "plugins/filter/rollout.py"]
     texts = [path.read_text() for path in [*PLAYBOOKS, *TASKS, *readers]]
     texts += [path.read_text() for path in (ROOT / "roles/glm/tasks").glob("*.yml")]
     used = set(re.findall(r"(?<![\w-])glm_[a-z_]+", "\n".join(texts)))

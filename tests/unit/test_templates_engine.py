@@ -24,10 +24,11 @@ PLAY = """
     - vars.yml
   vars: {{role_path: "{root}/roles/inference_service"}}
   tasks:
+    - ansible.builtin.include_tasks: "{root}/roles/inference_service/tasks/settings.yml"
     - ansible.builtin.set_fact:
         rendered:
-          id: "{{{{ __inference_service_id }}}}"
-          run: "{{{{ __inference_service_run }}}}"
+          id: "{{{{ __inference_service_release.id }}}}"
+          run: "{{{{ __inference_service_release.run }}}}"
           env: "{{{{ __inference_service_env_file }}}}"
           release: "{{{{ lookup('ansible.builtin.template', '{root}/templates/release.json.j2') }}}}"
           unit: "{{{{ lookup('ansible.builtin.template', '{root}/templates/glm-engine.service.j2') }}}}"
