@@ -220,7 +220,8 @@ def test_dockers_journal_knows_more_of_the_mirror(
 ) -> None:
     mirror.reply = (200, MANIFEST)
     (tmp_path / "journalctl").write_text(
-        "#!/bin/sh\ncat <<'EOF'\n"
+        # Docker's message may be of the same second as the pull's begin.
+        "#!/bin/sh\ncase \"$*\" in *--since=@1000\\ *) ;; *) exit ;; esac\ncat <<'EOF'\n"
         + (
             'level=info msg="Attempting next endpoint for pull after error: '
             'layer \\"a\\" verification failed" spanID=1\n'
@@ -230,6 +231,7 @@ def test_dockers_journal_knows_more_of_the_mirror(
     )
     (tmp_path / "journalctl").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(image_pull.time, "time", lambda: 1000.7)
     says = failure(docker, error("dial tcp: no such host"), mirror=mirror.url)
     assert says.endswith('(layer "a" verification failed)') and "has another digest" in says
 
