@@ -131,6 +131,7 @@ class Playbook:
                 playbook=str(ROOT / self.order.playbook),
                 cmdline=shlex.join(self._arguments()),
                 quiet=True,
+                fact_cache_type="memory",  # no facts on the disk
             )
             config.prepare()
             config.pexpect_timeout, config.suppress_output_file = 1, True
