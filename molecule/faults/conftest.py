@@ -157,7 +157,8 @@ def found(run: Run, pattern: str) -> str:
     for line in lines:
         match = re.search(pattern, line)
         if match:
-            return (line if len(line) < 300 else match[0]).strip()
+            line = line.strip() if len(line) < 300 else f"{line[match.start() :][:300].strip()} ..."
+            return line.removeprefix("Nothing was changed: ").removeprefix("Nothing was changed. ")
     raise AssertionError(f"no line matches {pattern!r}: {run.messages}\n{run.errors}")
 
 
@@ -225,7 +226,7 @@ def record(case: Case, seen: dict[str, Any], healthy_s: int) -> None:
     row = {
         "area": case.area,
         "fault": case.fault,
-        "what": re.sub(r"\b[0-9a-f]{12}\b", "ID", case.what),
+        "what": re.sub(r"\b[0-9a-f]{12}\b", "ID", re.sub(r"\w+ on \S+ \(process \d+\)", "NAME on HOST", case.what)),
         "requests": seen["sent"],
         "lost": lost,
         "spared": case.spared if lost else "",
