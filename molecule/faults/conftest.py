@@ -157,8 +157,8 @@ def found(run: Run, pattern: str) -> str:
     for line in lines:
         match = re.search(pattern, line)
         if match:
-            line = line.strip() if len(line) < 300 else f"{line[match.start() :][:300].strip()} ..."
-            return line.removeprefix("Nothing was changed: ").removeprefix("Nothing was changed. ")
+            said = line.strip() if len(line) < 300 else f"{line[match.start() :][:300].strip()} ..."
+            return said.removeprefix("Nothing was changed: ").removeprefix("Nothing was changed. ")
     raise AssertionError(f"no line matches {pattern!r}: {run.messages}\n{run.errors}")
 
 
