@@ -549,19 +549,22 @@ def files_below(directory: str) -> dict[str, os.stat_result]:
 
 
 def model(directory: str) -> Model:
-    """Complete: what the manifest lists and nothing else, each file with its size. Hashes are glm-weights' work."""
+    """Complete: what the manifest lists and nothing else, each file with its size. Hashes are glm-weights' work.
+
+    partial_bytes: what is there of it, here and in .partial, and needs no more room.
+    """
     marker = ".glm-manifest.json"
     manifest = read_json(os.path.join(directory, marker))
     wanted = {item["path"]: item["size"] for item in (manifest or {}).get("files", [])}
     sizes = {path: found.st_size for path, found in files_below(directory).items() if path != marker}
+    partial = files_below(f"{directory.rstrip('/')}.partial")
     return {
         "complete": manifest is not None and sizes == wanted,
         "manifest_sha256": (manifest or {}).get("sha256"),
         "revision": (manifest or {}).get("revision"),
+        "partial_bytes": sum(size for path, size in wanted.items() if sizes.get(path) == size)
         # As du counts: a file that is still being filled holds less than its size.
-        "partial_bytes": sum(
-            found.st_blocks * 512 for found in files_below(f"{directory.rstrip('/')}.partial").values()
-        ),
+        + sum(found.st_blocks * 512 for found in partial.values()),
     }
 
 

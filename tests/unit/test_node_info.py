@@ -165,6 +165,8 @@ def test_model(tmp_path: Path) -> None:
     (directory / "more/config").write_bytes(b"{}")
     (directory / "shard").write_bytes(b"ab")
     assert not node_info.model(str(directory))["complete"]
+    beside = node_info.model(str(directory))["partial_bytes"] - 2  # what is whole needs no room again
+    assert beside == sum(path.lstat().st_blocks * 512 for path in partial.iterdir())
     (directory / "shard").write_bytes(b"abc")
     seen = node_info.model(str(directory))
     assert (seen["complete"], seen["manifest_sha256"], seen["revision"]) == (True, "abc", "r")
