@@ -9,6 +9,8 @@ import pytest
 from conftest import CANARY, NODES, OTHER, Case
 from machines import Machine
 
+OTHER_LINE = "        faults-2: {ansible_host: 198.18.72.11}\n"  # of its hosts.yml
+
 
 @pytest.mark.parametrize(
     "node",
@@ -147,7 +149,7 @@ def test_limit(case: Case) -> None:
 
 @pytest.mark.fault("a node leaves the inventory in between")
 def test_a_node_that_left_the_inventory(case: Case, tmp_path: Path) -> None:
-    inventory = case.fleet.other_inventory(tmp_path, "        faults-2: {ansible_host: 198.18.72.11}\n", "")
+    inventory = case.fleet.other_inventory(tmp_path, OTHER_LINE, "")
     run = case.play(inventory=inventory, glm_accept_downtime=True, **case.next())
     case.refused(run, r"offers the node faults-2, which is not in the inventory")
 
@@ -156,11 +158,10 @@ def test_a_node_that_left_the_inventory(case: Case, tmp_path: Path) -> None:
 def test_a_node_that_joins(case: Case, tmp_path: Path) -> None:
     """One that was taken down for good, and is new to the gateways."""
     settings = case.next()
-    line = "        faults-2: {ansible_host: 198.18.72.11}\n"
     for run in (
         case.play(**settings),
         case.play("--limit", OTHER, playbook="playbooks/teardown.yml"),
-        case.play(inventory=case.fleet.other_inventory(tmp_path, line, ""), **settings),
+        case.play(inventory=case.fleet.other_inventory(tmp_path, OTHER_LINE, ""), **settings),
     ):
         assert run.code == 0, run.messages
     assert all(set(case.fleet.rotation(gateway)) == {CANARY} for gateway in case.fleet.gateways)
