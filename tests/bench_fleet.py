@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 INVENTORY = "molecule/bench/inventory"
 RESULTS = ROOT / "results" / "bench-fleet"
 COLUMNS = ("nodes", "run", "wall_s", "cpu_s", "cpu_s_per_node", "peak_mib", "trips_per_node", "waits_per_node")
-UPGRADE = json.dumps({"glm_rollout_waves": [1, "10%", "25%"], "glm_engine_extra_env": {"LIGHT_RELEASE": "2"}})
+ENGINE = {"LIGHT_TOKEN_SECONDS": "0.02", "LIGHT_RELEASE": "2"}
+UPGRADE = json.dumps({"glm_rollout_waves": [1, "10%", "25%"], "glm_engine_extra_env": ENGINE})
 RUNS: dict[str, list[str]] = {
     "bare": ["site.yml"],
     "converged": ["site.yml"],
@@ -156,7 +157,7 @@ def main() -> int:
     (RESULTS / "bench.json").write_text(json.dumps({"machine": machine, "rows": rows, "over": over}, indent=2) + "\n")
     plot(rows, RESULTS / "bench.svg")
     print("  ".join(f"{name:>14}" for name in COLUMNS))
-    for row in rows:
+    for row in sorted(rows, key=lambda row: int(row["nodes"])):
         print("  ".join(f"{row[name]!s:>14}" for name in COLUMNS))
     print(f"bench-fleet: the same as JSON and as a plot in {RESULTS.relative_to(ROOT)}/")
     for finding in over:

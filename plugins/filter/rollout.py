@@ -170,6 +170,9 @@ def moved_edges(
 
 def failure_text(result: Mapping[str, Any]) -> str:
     """What a failed task says; of a loop, what its items say."""
+    if "module_stdout" in result and not str(result["module_stdout"]).strip():
+        # Ansible says only that it could not parse the answer.
+        return f"the step ended without an answer (exit status {result.get('rc')}): the node went down, or killed it"
     items = [str(item.get("msg")) for item in result.get("results") or [] if item.get("failed")]
     return "; ".join(items) or str(result.get("msg") or "see above")
 

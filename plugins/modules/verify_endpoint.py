@@ -84,7 +84,7 @@ checks:
 
 # Seconds between the first and the last token. What was held back on the way comes faster than any engine speaks.
 MIN_STREAM_SPREAD = 0.001
-STREAM_ATTEMPTS = 3
+STREAM_PAUSES = (0.2, 0.5, 1, 3)  # seconds before another look: a node that is short of CPU reads a stream late, too
 REFUSALS = (401, 403, 404)
 
 
@@ -201,11 +201,12 @@ class Verification:
         return f"answered; {usage['prompt_tokens']} prompt tokens, {told}"
 
     def check_streaming(self) -> str:
-        for _ in range(STREAM_ATTEMPTS):
+        for pause in (0, *STREAM_PAUSES):
+            time.sleep(pause)
             told, spread = self._stream()
             if spread >= MIN_STREAM_SPREAD:
                 return told
-        raise Wrong(f"{told}: all at once, {STREAM_ATTEMPTS} times; something between holds it back")
+        raise Wrong(f"{told}: all at once, {1 + len(STREAM_PAUSES)} times; something between holds it back")
 
     def _stream(self) -> tuple[str, float]:
         """What a stream looked like, and the seconds between its first and its last token."""

@@ -228,3 +228,6 @@ def test_what_a_failed_task_says() -> None:
         rollout.failure_text({"msg": "One or more items failed", "results": [{"failed": True, "msg": "x"}, {}]}) == "x"
     )
     assert rollout.failure_text({"results": [{"failed": False, "msg": "x"}]}) == "see above"
+    unparsed = {"msg": "Module result deserialization failed: No start", "module_stdout": "", "rc": 143}
+    assert rollout.failure_text(unparsed).startswith("the step ended without an answer (exit status 143)")
+    assert rollout.failure_text({**unparsed, "module_stdout": "Segmentation fault"}) == unparsed["msg"]
