@@ -2,9 +2,10 @@
 """`make bench-fleet`: what runs over 4, 16 and 48 light nodes cost the controller and the nodes.
 
 Of each number of nodes: from bare, converged, a rolling upgrade in waves, and status. Prints a table, writes
-results/bench-fleet/bench.json and bench.svg, and fails where a node of the largest fleet costs over a tenth more than
-one of the smallest. The nodes are containers on this machine, so wall time holds their work too, and `waits`, the round
-trips that only follow a long step on; round trips, the controller's CPU time and its memory carry over to real nodes.
+results/bench-fleet/bench.json and a plot of each figure, and fails where a node of the largest fleet costs over a
+tenth more than one of the smallest. The nodes are containers on this machine, so wall time holds their work too, and
+`waits`, the round trips that only follow a long step on; round trips, the controller's CPU time and its memory carry
+over to real nodes.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ RUNS: dict[str, list[str]] = {
     "converged": ["site.yml"],
     "upgrade": ["site.yml", "-e", UPGRADE],
     "status": ["playbooks/status.yml"],
+}
+PLOTS = {
+    "cpu_s_per_node": "Controller CPU per node (s)",
+    "trips_per_node": "Round trips per node",
+    "peak_mib": "Controller's peak memory (MiB)",
+    "wall_s": "Wall time (s)",
 }
 GROWTH = 1.1  # of the cost per node, from the smallest fleet to the largest
 STATUS_SECONDS = 20
@@ -105,15 +112,13 @@ def measured(path: Path, count: int, run: str, memory: int) -> dict[str, Any]:
     }
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """The controller's CPU time per node, over the number of nodes."""
+def plot(rows: list[dict[str, Any]], column: str, title: str, path: Path) -> None:
+    """One figure over the number of nodes, a line for each run."""
     counts = sorted({row["nodes"] for row in rows})
-    chart = pygal.Line(
-        title="Controller CPU per node", x_title="nodes", y_title="s", range_min=0, width=720, height=420
-    )
+    chart = pygal.Line(title=title, x_title="nodes", range_min=0, width=640, height=400, js=(), legend_at_bottom=True)
     chart.x_labels = [str(count) for count in counts]
     for run in RUNS:
-        values = {row["nodes"]: row["cpu_s_per_node"] for row in rows if row["run"] == run}
+        values = {row["nodes"]: row[column] for row in rows if row["run"] == run}
         chart.add(run, [values.get(count) for count in counts])
     chart.render_to_file(str(path))
 
@@ -155,11 +160,12 @@ def main() -> int:
     over = findings(rows)
     machine = {"cpus": os.cpu_count(), "platform": platform.platform()}
     (RESULTS / "bench.json").write_text(json.dumps({"machine": machine, "rows": rows, "over": over}, indent=2) + "\n")
-    plot(rows, RESULTS / "bench.svg")
+    for column, title in PLOTS.items():
+        plot(rows, column, title, RESULTS / f"{column}.svg")
     print("  ".join(f"{name:>14}" for name in COLUMNS))
     for row in sorted(rows, key=lambda row: int(row["nodes"])):
         print("  ".join(f"{row[name]!s:>14}" for name in COLUMNS))
-    print(f"bench-fleet: the same as JSON and as a plot in {RESULTS.relative_to(ROOT)}/")
+    print(f"bench-fleet: the same as JSON and as plots in {RESULTS.relative_to(ROOT)}/")
     for finding in over:
         print(f"bench-fleet: over the budget: {finding}", file=sys.stderr)
     return int(bool(over))
