@@ -7,5 +7,5 @@ import ansible.module_utils
 
 ROOT = Path(__file__).resolve().parents[1]
 ansible.module_utils.__path__.append(str(ROOT / "plugins/module_utils"))
-for kind in ("modules", "module_utils", "action", "filter", "callback"):
+for kind in ("modules", "module_utils", "filter", "callback"):
     sys.path.insert(0, str(ROOT / "plugins" / kind))

@@ -62,9 +62,6 @@ options:
     description: The deployment's state file.
     type: path
     default: /var/lib/glm/state.json
-  controller_time:
-    description: Seconds since the epoch on the controller, to report the node's distance from it.
-    type: float
 attributes:
   check_mode:
     support: full
@@ -78,13 +75,14 @@ EXAMPLES = r"""
     ports: [8000]
     urls:
       registry: https://registry-1.docker.io/v2/
-    controller_time: "{{ now().timestamp() }}"
   register: result
 """
 
 RETURN = r"""
 node:
-  description: One entry a subject, named as the options are.
+  description: >-
+    One entry a subject, named as the options are. C(clock.offset_seconds) is the least distance of the clock from
+    the controller's, positive where it is ahead; the action plugin of the same name adds it.
   returned: always
   type: dict
 """
@@ -131,8 +129,8 @@ UNIT_PROPERTIES = {
 
 class Clock(TypedDict):
     synchronized: bool | None
-    time: float
-    offset_seconds: float | None
+    begun: float  # seconds since the epoch, as the module began and ended
+    ended: float
 
 
 class Disk(TypedDict):
@@ -258,13 +256,12 @@ def kernel_says_synchronized() -> bool | None:
     return maximum_error < UNSYNCHRONIZED_MICROSECONDS
 
 
-def clock(now: float, controller_time: float | None) -> Clock:
+def clock(begun: float) -> Clock:
     synchronized = kernel_says_synchronized()
     in_container = any(os.path.exists(path) for path in ("/run/systemd/container", "/.dockerenv", "/run/.containerenv"))
     if not synchronized and in_container:
         synchronized = None  # its clock is the host's to set
-    offset = None if controller_time is None else round(now - controller_time, 3)
-    return {"synchronized": synchronized, "time": now, "offset_seconds": offset}
+    return {"synchronized": synchronized, "begun": begun, "ended": time.time()}
 
 
 def disk(path: str) -> Disk:
@@ -580,7 +577,7 @@ def sha256(path: str) -> str | None:
 
 
 def collect(params: dict[str, Any]) -> dict[str, Any]:
-    now = time.time()  # first of all, so that the distance to the controller holds no work of ours
+    begun = time.time()
     toolkit = "nvidia-container-toolkit"
     with ThreadPoolExecutor(max_workers=8) as pool:
         probes = {name: pool.submit(probe, url, params["url_timeout"]) for name, url in params["urls"].items()}
@@ -597,7 +594,6 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
             "memory_bytes": parse_memory(read("/proc/meminfo")),
             "shm_bytes": shm_bytes(),
             "nofile_limit": open_files_limit(),
-            "clock": clock(now, params["controller_time"]),
             "disks": {path: disk(path) for path in [*params["paths"], (info or {}).get("DockerRootDir")] if path},
             "ports": ports(params["ports"], container_names),
             "packages": {name: versions[name] for name in params["packages"]},
@@ -611,6 +607,7 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
             "files": {path: sha256(path) for path in params["files"]},
             "container_toolkit": container_toolkit(versions[toolkit]),
             "urls": {name: job.result() for name, job in probes.items()},
+            "clock": clock(begun),  # last: it also says when the rest was done
         }
 
 
@@ -629,7 +626,6 @@ def main() -> None:
             "files": strings,
             "release_directory": {"type": "path", "default": "/opt/glm"},
             "state_file": {"type": "path", "default": "/var/lib/glm/state.json"},
-            "controller_time": {"type": "float"},
         },
         supports_check_mode=True,
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import node_info
 import pytest
+from loading import load
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -187,9 +188,19 @@ def test_files(tmp_path: Path) -> None:
     assert node_info.sha256(str(tmp_path / "y")) is None
 
 
-def test_clock_offset() -> None:
-    assert node_info.clock(1000.0, 990.0)["offset_seconds"] == 10.0
-    assert node_info.clock(1000.0, None)["offset_seconds"] is None
+@pytest.mark.parametrize(
+    ("begun", "ended", "found"),
+    [
+        (1000.0, 1001.0, 0.0),
+        (1013.0, 1014.0, 0.0),  # asked long before it could be reached
+        (1017.0, 1018.0, 3.0),
+        (990.0, 991.0, -10.0),
+        (986.0, 1001.0, -14.0),  # late, and slow
+    ],
+)
+def test_clock_offset(begun: float, ended: float, found: float) -> None:
+    """Asked at 1000, answered at 1015."""
+    assert load("action", "node_info").offset(begun, ended, 1000.0, 1015.0) == found
 
 
 def test_nothing_there_is_no_error(tmp_path: Path) -> None:
@@ -207,7 +218,6 @@ def test_nothing_there_is_no_error(tmp_path: Path) -> None:
             "files": [nothing],
             "release_directory": nothing,
             "state_file": nothing,
-            "controller_time": None,
         }
     )
     assert seen["state"] is None

@@ -53,7 +53,7 @@ def node() -> Dict:
         "memory_bytes": 2900 * GIB,
         "shm_bytes": 1450 * GIB,
         "nofile_limit": 1073741816,
-        "clock": {"synchronized": True, "time": 0.0, "offset_seconds": 0.4},
+        "clock": {"synchronized": True, "begun": 0.0, "ended": 1.0, "offset_seconds": 0.4},
         "disks": {path: {**disk, "mount": "/"} for path in ("/var/lib/glm", "/var/lib/docker")},
         "ports": {"8000": free_port(), "8001": free_port()},
         "urls": {name: {"ok": True, "status": 200, "error": None, "seconds": 0.1} for name in ("registry", "hub")},
@@ -393,7 +393,7 @@ def test_file_system_without_inodes(world: World) -> None:
 def test_clock_that_nobody_vouches_for(world: World) -> None:
     world.node["clock"].update(synchronized=None, offset_seconds=1.0)
     assert world.findings() == []
-    world.node["clock"].update(offset_seconds=None)
+    world.node["clock"].update(offset_seconds=11.0)
     assert [finding["id"] for finding in world.findings()] == ["clock"]
 
 

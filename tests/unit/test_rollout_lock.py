@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from loading import load
 
-ROOT = Path(__file__).resolve().parents[2]
 A = {"user": "a", "host": "one", "boot": "x", "pid": 1, "begun": "10"}
 B = {"user": "b", "host": "two", "boot": "y", "pid": 2, "begun": "20"}
-
-
-def load(kind: str) -> Any:
-    """Module and action plugin have one name."""
-    spec = importlib.util.spec_from_file_location(f"rollout_lock_{kind}", ROOT / "plugins" / kind / "rollout_lock.py")
-    assert spec and spec.loader
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-MODULE, ACTION = load("modules"), load("action")
+MODULE, ACTION = load("modules", "rollout_lock"), load("action", "rollout_lock")
 
 
 @pytest.fixture
