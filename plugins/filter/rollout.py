@@ -213,7 +213,7 @@ def fleet_status(
     """What is known of each node, with `rotation`: in, out, or what its edges say where they disagree."""
     result = {}
     for node in nodes:
-        seen = dict(hostvars[node].get("__status_node") or {"phase": "not reached"})
+        seen = dict((hostvars[node].get("__status_look") or {}).get("status") or {"phase": "not reached"})
         own = seen.pop("edge", None)
         edges = {gateway: (hostvars[gateway].get("__gateway_seen") or {}).get("servers") for gateway in gateways}
         words = []

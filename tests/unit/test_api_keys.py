@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib
 import json
 import os
 import subprocess
@@ -23,10 +22,10 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
 )
+from loading import load
 
-# Of each there is a module too, for its documentation; the action plugin comes first on the path.
-api_keys: Any = importlib.import_module("api_keys")
-tls_certificate: Any = importlib.import_module("tls_certificate")
+# Of each there is a module too, for its documentation.
+api_keys, tls_certificate = load("action", "api_keys"), load("action", "tls_certificate")
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY, OTHER_KEY = "sk-glm-" + "k" * 43, "sk-glm-" + "o" * 43

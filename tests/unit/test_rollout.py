@@ -150,8 +150,8 @@ def test_the_status_is_what_every_gateway_says() -> None:
     hostvars: dict[str, dict[str, Any]] = {
         "gw1": {"__gateway_seen": {"servers": {"a": server(), "b": server("out"), "c": server(up=False)}}},
         "gw2": {"__gateway_seen": {"servers": {"a": server(), "b": server()}}},
-        "a": {"__status_node": SERVES},
-        "b": {"__status_node": SERVES},
+        "a": {"__status_look": {"status": SERVES}},
+        "b": {"__status_look": {"status": SERVES}},
         "c": {},
     }
     status = rollout.fleet_status(["a", "b", "c"], hostvars, ["gw1", "gw2"])
@@ -164,7 +164,7 @@ def test_the_status_is_what_every_gateway_says() -> None:
 
 
 def test_the_status_without_gateways_is_the_nodes_own_edge() -> None:
-    hostvars = {"a": {"__status_node": {**SERVES, "edge": {"a": server("out")}}}}
+    hostvars = {"a": {"__status_look": {"status": {**SERVES, "edge": {"a": server("out")}}}}}
     assert rollout.fleet_status(["a"], hostvars, [])["a"] == {**SERVES, "rotation": "out"}
 
 
