@@ -9,6 +9,7 @@ from typing import Any
 SCHEMA = 1
 WORKLOAD = ("input_len", "output_len", "num_prompts", "max_concurrency")
 SETTINGS = ("engine", "profile", "image", "image_digest", "model", "model_revision", "driver", "release", "state")
+LISTED = 4  # nodes of which the terminal tells each
 
 # What is plotted: the figure's name, its title, and its unit. A figure that
 # has a mean and a P99 is drawn as a bar and a whisker.
@@ -128,6 +129,23 @@ def report_interrupted(nodes: Mapping[str, Mapping[str, Any]], hosts: Iterable[s
     return [name for name in hosts if name in nodes and (nodes[name].get("outage_s") or nodes[name].get("down"))]
 
 
+def report_outages(nodes: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """What clients of these nodes noticed, in lines for a terminal: of each node, or of many together."""
+    down = [name for name in names if nodes[name].get("down")]
+    lines = [f"{name} does not serve since its stop" for name in down]
+    others = {name: nodes[name]["outage_s"] for name in names if name not in down}
+    if len(others) > LISTED:
+        shortest, longest = min(others.values()), max(others.values())
+        return [*lines, f"{len(others)} nodes did not serve for {shortest:,.1f} to {longest:,.1f} s each"]
+    return lines + [f"{name} did not serve for {seconds:,.1f} s" for name, seconds in others.items()]
+
+
+def report_first(urls: Sequence[str]) -> str:
+    """The first addresses, and how many more there are."""
+    more = len(urls) - LISTED
+    return ", ".join(urls[:LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
 def report_figures(benchmark: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of a benchmark's table: its own figure, then that of each reference table."""
     rows = []
@@ -217,12 +235,14 @@ class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
             "report_collect": report_collect,
-            "report_endpoints": report_endpoints,
+            "report_first": report_first,
             "report_figures": report_figures,
             "report_finding": report_finding,
             "report_merge": report_merge,
             "report_node": report_node,
             "report_outage": report_outage,
+            "report_outages": report_outages,
+            "report_endpoints": report_endpoints,
             "report_interrupted": report_interrupted,
             "report_plots": report_plots,
             "report_verdict": report_verdict,

@@ -224,3 +224,14 @@ def test_an_engine_that_is_down_is_said_so() -> None:
     entry = plugin.report_node({**NODES["b200-1"], "outage": 0.0, "down": True})
     assert plugin.report_outage(entry) == "since its stop, and it is still down"
     assert plugin.report_interrupted({"b200-1": entry}, ["b200-1", "b200-2"]) == ["b200-1"]
+
+
+def test_the_terminal_names_a_few_nodes_and_counts_many() -> None:
+    nodes: dict[str, dict[str, Any]] = {f"n{number}": {"outage_s": 10.0 + number} for number in range(5)}
+    assert plugin.report_outages(nodes, ["n0", "n1"]) == ["n0 did not serve for 10.0 s", "n1 did not serve for 11.0 s"]
+    assert plugin.report_outages(nodes, list(nodes)) == ["5 nodes did not serve for 10.0 to 14.0 s each"]
+    nodes["n3"] = {"outage_s": 0.0, "down": True}
+    down = ["n3 does not serve since its stop", "n4 did not serve for 14.0 s"]
+    assert plugin.report_outages(nodes, ["n3", "n4"]) == down
+    assert plugin.report_first(["a", "b"]) == "a, b"
+    assert plugin.report_first(["a", "b", "c", "d", "e", "f"]) == "a, b, c, d and 2 more"
