@@ -26,8 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 INVENTORY = "molecule/bench/inventory"
 RESULTS = ROOT / "results" / "bench-fleet"
 COLUMNS = ("nodes", "run", "wall_s", "cpu_s", "cpu_s_per_node", "peak_mib", "trips_per_node", "waits_per_node")
-ENGINE = {"LIGHT_TOKEN_SECONDS": "0.02", "LIGHT_RELEASE": "2"}
-UPGRADE = json.dumps({"glm_rollout_waves": [1, "10%", "25%"], "glm_engine_extra_env": ENGINE})
+UPGRADE = json.dumps({"glm_rollout_waves": [1, "10%", "25%"], "light_release": "2"})
 RUNS: dict[str, list[str]] = {
     "bare": ["site.yml"],
     "converged": ["site.yml"],

@@ -133,11 +133,11 @@ def report_outages(nodes: Mapping[str, Mapping[str, Any]], names: Sequence[str])
     """What clients of these nodes noticed, in lines for a terminal: of each node, or of many together."""
     down = [name for name in names if nodes[name].get("down")]
     lines = [f"{name} does not serve since its stop" for name in down]
-    others = {name: nodes[name]["outage_s"] for name in names if name not in down}
+    others = [name for name in names if name not in down]
     if len(others) > LISTED:
-        shortest, longest = min(others.values()), max(others.values())
-        return [*lines, f"{len(others)} nodes did not serve for {shortest:,.1f} to {longest:,.1f} s each"]
-    return lines + [f"{name} did not serve for {seconds:,.1f} s" for name, seconds in others.items()]
+        seconds = [nodes[name]["outage_s"] for name in others]
+        return [*lines, f"{len(others)} nodes did not serve for {min(seconds):,.1f} to {max(seconds):,.1f} s each"]
+    return lines + [f"{name} did not serve for {report_outage(nodes[name])}" for name in others]
 
 
 def report_first(urls: Sequence[str]) -> str:
@@ -235,6 +235,7 @@ class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
             "report_collect": report_collect,
+            "report_endpoints": report_endpoints,
             "report_first": report_first,
             "report_figures": report_figures,
             "report_finding": report_finding,
@@ -242,7 +243,6 @@ class FilterModule:
             "report_node": report_node,
             "report_outage": report_outage,
             "report_outages": report_outages,
-            "report_endpoints": report_endpoints,
             "report_interrupted": report_interrupted,
             "report_plots": report_plots,
             "report_verdict": report_verdict,

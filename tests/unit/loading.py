@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -14,5 +15,6 @@ def load(kind: str, name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"{name}_{kind}", ROOT / "plugins" / kind / f"{name}.py")
     assert spec and spec.loader
     loaded = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = loaded
     spec.loader.exec_module(loaded)
     return loaded

@@ -1,28 +1,15 @@
 """long_unit: what the module makes of systemd's answers, and how the action plugin follows a run."""
 
-import importlib.util
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ansible.errors import AnsibleConnectionFailure
+from loading import load
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def load(kind: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"long_unit_{kind}", ROOT / "plugins" / kind / "long_unit.py")
-    assert spec and spec.loader
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = loaded
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-module, action = load("modules"), load("action")
+module, action = load("modules", "long_unit"), load("action", "long_unit")
 
 ONESHOT = {"Type": "oneshot", "LoadState": "loaded", "Result": "success", "ExecMainStatus": "0"}
 IDLE = {**ONESHOT, "ActiveState": "inactive", "SubState": "dead"}
