@@ -6,6 +6,10 @@ results/bench-fleet/bench.json and a plot of each figure, and fails where a node
 tenth more than one of the smallest. The nodes are containers on this machine, so wall time holds their work too, and
 `waits`, the round trips that only follow a long step on; round trips, the controller's CPU time and its memory carry
 over to real nodes.
+
+The same work takes more CPU time while more machines run beside it. So the largest fleet is the first, its machines
+stay for the smaller ones, and only those that are used again are made anew. Before each run a fixed piece of work is
+timed: where that `yardstick_s` differs between two rows, so did the machine, and their CPU times cannot be compared.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import threading
@@ -25,7 +30,10 @@ import pygal
 ROOT = Path(__file__).resolve().parent.parent
 INVENTORY = "molecule/bench/inventory"
 RESULTS = ROOT / "results" / "bench-fleet"
-COLUMNS = ("nodes", "run", "wall_s", "cpu_s", "cpu_s_per_node", "peak_mib", "trips_per_node", "waits_per_node")
+COLUMNS = (
+    *("nodes", "run", "wall_s", "cpu_s", "cpu_s_per_node", "peak_mib"),
+    *("trips_per_node", "waits_per_node", "yardstick_s"),
+)
 UPGRADE = json.dumps({"glm_rollout_waves": [1, "10%", "25%"], "light_release": "2"})
 RUNS: dict[str, list[str]] = {
     "bare": ["site.yml"],
@@ -41,6 +49,19 @@ PLOTS = {
 }
 GROWTH = 1.1  # of the cost per node, from the smallest fleet to the largest
 STATUS_SECONDS = 20
+YARDSTICK = [sys.executable, "-c", "import ansible.playbook"]
+
+
+def yardstick() -> float:
+    """CPU seconds that a fixed piece of work takes: the median of ten times."""
+
+    def once() -> float:
+        _, status, usage = os.wait4(os.posix_spawn(YARDSTICK[0], YARDSTICK, os.environ), 0)
+        if status:
+            sys.exit(f"bench-fleet: {' '.join(YARDSTICK)} failed")
+        return usage.ru_utime + usage.ru_stime
+
+    return statistics.median(once() for _ in range(10))
 
 
 def tree_memory(root: int) -> int:
@@ -95,7 +116,13 @@ def playbook(*arguments: str, log: Path, count: int, measure: Path | None = None
     return most
 
 
-def measured(path: Path, count: int, run: str, memory: int) -> dict[str, Any]:
+def remove(count: int) -> None:
+    """Removes the machines of the first `count` nodes, so that they are made anew."""
+    names = [f"glm-bench-{number:02}" for number in range(1, count + 1)]
+    subprocess.run(["docker", "rm", "--force", "--volumes", *names], check=True, stdout=subprocess.DEVNULL)
+
+
+def measured(path: Path, count: int, run: str, memory: int, yard: float) -> dict[str, Any]:
     """One row of the table from what the round_trips callback wrote."""
     data = json.loads(path.read_text())
     hosts = [host for name, host in data.items() if name.startswith("bench-")]
@@ -108,6 +135,7 @@ def measured(path: Path, count: int, run: str, memory: int) -> dict[str, Any]:
         "peak_mib": round(memory / 2**20),
         "trips_per_node": round(sum(host["round_trips"] - host["waits"] for host in hosts) / count, 1),
         "waits_per_node": round(sum(host["waits"] for host in hosts) / count, 1),
+        "yardstick_s": round(yard, 3),
     }
 
 
@@ -143,17 +171,20 @@ def findings(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("counts", nargs="*", type=int, default=[4, 16, 48], help="numbers of nodes (default: 4 16 48)")
-    counts = parser.parse_args().counts
+    counts = sorted(parser.parse_args().counts, reverse=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     rows = []
+    playbook("molecule/shared/destroy.yml", log=RESULTS / "destroy.log", count=max(counts))
     for count in counts:
-        playbook("molecule/shared/destroy.yml", log=RESULTS / "destroy.log", count=max(counts))
+        if count < max(counts):
+            remove(count)
         playbook("molecule/shared/create.yml", log=RESULTS / f"create-{count}.log", count=count)
         for run, arguments in RUNS.items():
             print(f"bench-fleet: {count} nodes, {run} ...", flush=True)
             measure = RESULTS / f"{run}-{count}.json"
+            yard = yardstick()
             memory = playbook(*arguments, log=RESULTS / f"{run}-{count}.log", count=count, measure=measure)
-            rows.append(measured(measure, count, run, memory))
+            rows.append(measured(measure, count, run, memory, yard))
             print("  ".join(f"{rows[-1][name]!s:>14}" for name in COLUMNS), flush=True)
     playbook("molecule/shared/destroy.yml", log=RESULTS / "destroy.log", count=max(counts))
     over = findings(rows)
