@@ -85,6 +85,7 @@ checks:
 # Seconds between the first and the last token. What was held back on the way comes faster than any engine speaks.
 MIN_STREAM_SPREAD = 0.001
 STREAM_PAUSES = (0.2, 0.5, 1, 3)  # seconds before another look: a node that is short of CPU reads a stream late, too
+EXEC_PAUSES = (1, 3)  # seconds before another try where the container runtime, not the program, could not start
 REFUSALS = (401, 403, 404)
 
 
@@ -377,7 +378,7 @@ class Verification:
         return seen
 
     def check_gpus_in_container(self) -> str:
-        listed = command("docker", "exec", self.params["container"], "nvidia-smi", "-L")
+        listed = in_container(self.params["container"], "nvidia-smi", "-L")
         gpus = re.findall(r"^GPU \d+: (.*?)(?: \(UUID.*)?$", listed, re.MULTILINE)
         seen = f"{len(gpus)} GPUs ({', '.join(sorted(set(gpus))) or 'none'})"
         if len(gpus) != self.params["gpu_count"]:
@@ -460,6 +461,18 @@ def command(*argv: str) -> str:
     if done.returncode:
         raise Wrong(f"{' '.join(argv[:2])} failed: {shorten(done.stderr or done.stdout) or f'exit {done.returncode}'}")
     return done.stdout.strip()
+
+
+def in_container(container: str, *argv: str) -> str:
+    """What a command in the container prints. A busy runtime may fail to start one: that is not of the engine."""
+    for pause in EXEC_PAUSES:
+        try:
+            return command("docker", "exec", container, *argv)
+        except Wrong as problem:
+            if "OCI runtime exec failed" not in str(problem):
+                raise
+        time.sleep(pause)
+    return command("docker", "exec", container, *argv)
 
 
 def outward_address() -> str | None:

@@ -504,6 +504,24 @@ def test_a_stream_that_a_busy_machine_bunched_once_is_no_fault(node: Node) -> No
     assert node.checks()["streaming"]["ok"]
 
 
+RUNTIME = "OCI runtime exec failed: exec failed: unable to start container process: read init-p: connection reset"
+
+
+def test_a_runtime_that_cannot_start_a_process_once_is_no_fault(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.fail("exec", RUNTIME)
+    monkeypatch.setattr(time, "sleep", lambda seconds: (node.directory / "exec.err").unlink())
+    assert verify_endpoint.Verification(node.params).check_gpus_in_container() == "8 GPUs (NVIDIA B200)"
+
+
+def test_a_runtime_that_never_can_is_one(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    node.fail("exec", RUNTIME)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    with pytest.raises(Exception, match="OCI runtime exec failed"):
+        verify_endpoint.Verification(node.params).check_gpus_in_container()
+    assert slept == list(verify_endpoint.EXEC_PAUSES)
+
+
 def test_an_edge_that_is_a_moment_behind_is_waited_for(node: Node) -> None:
     node.edge.not_ready = 3
     assert all(check["ok"] for check in node.checks().values())
