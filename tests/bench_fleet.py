@@ -8,8 +8,9 @@ tenth more than one of the smallest. The nodes are containers on this machine, s
 over to real nodes.
 
 The same work takes more CPU time while more machines run beside it. So the largest fleet is the first, its machines
-stay for the smaller ones, and only those that are used again are made anew. Before each run a fixed piece of work is
-timed: where that `yardstick_s` differs between two rows, so did the machine, and their CPU times cannot be compared.
+stay for the smaller ones, and only those that are used again are made anew. And a virtual machine is not as fast at any
+hour: before and after each run a fixed piece of work is timed, `yardstick_s`, and rows are compared by
+`yards_per_node`, the CPU time in such pieces.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 INVENTORY = "molecule/bench/inventory"
 RESULTS = ROOT / "results" / "bench-fleet"
 COLUMNS = (
-    *("nodes", "run", "wall_s", "cpu_s", "cpu_s_per_node", "peak_mib"),
-    *("trips_per_node", "waits_per_node", "yardstick_s"),
+    *("nodes", "run", "wall_s", "cpu_s", "cpu_s_per_node", "yardstick_s", "yards_per_node"),
+    *("peak_mib", "trips_per_node", "waits_per_node"),
 )
 UPGRADE = json.dumps({"glm_rollout_waves": [1, "10%", "25%"], "light_release": "2"})
 RUNS: dict[str, list[str]] = {
@@ -132,11 +133,18 @@ def measured(path: Path, count: int, run: str, memory: int, yard: float) -> dict
         "wall_s": round(data["wall_s"], 1),
         "cpu_s": round(data["controller_cpu_s"], 1),
         "cpu_s_per_node": round(data["controller_cpu_s"] / count, 2),
+        "yardstick_s": round(yard, 3),
+        "yards_per_node": round(data["controller_cpu_s"] / yard / count, 1),
         "peak_mib": round(memory / 2**20),
         "trips_per_node": round(sum(host["round_trips"] - host["waits"] for host in hosts) / count, 1),
         "waits_per_node": round(sum(host["waits"] for host in hosts) / count, 1),
-        "yardstick_s": round(yard, 3),
     }
+
+
+def line(row: dict[str, Any]) -> str:
+    """A line of the table."""
+    widths = {name: max(len(name), len("1234.5")) for name in COLUMNS} | {"run": max(map(len, RUNS))}
+    return "  ".join(f"{row[name]!s:>{widths[name]}}" for name in COLUMNS)
 
 
 def plot(rows: list[dict[str, Any]], column: str, title: str, path: Path) -> None:
@@ -156,7 +164,7 @@ def findings(rows: list[dict[str, Any]]) -> list[str]:
     for run in RUNS:
         of_run = sorted((row for row in rows if row["run"] == run), key=lambda row: int(row["nodes"]))
         small, large = of_run[0], of_run[-1]
-        for name in ("cpu_s_per_node", "trips_per_node"):
+        for name in ("yards_per_node", "trips_per_node"):
             if large[name] > GROWTH * small[name]:
                 found.append(
                     f"{run}: {name} is {large[name]} at {large['nodes']} nodes, {small[name]} at {small['nodes']}"
@@ -184,17 +192,17 @@ def main() -> int:
             measure = RESULTS / f"{run}-{count}.json"
             yard = yardstick()
             memory = playbook(*arguments, log=RESULTS / f"{run}-{count}.log", count=count, measure=measure)
-            rows.append(measured(measure, count, run, memory, yard))
-            print("  ".join(f"{rows[-1][name]!s:>14}" for name in COLUMNS), flush=True)
+            rows.append(measured(measure, count, run, memory, statistics.mean((yard, yardstick()))))
+            print(line(rows[-1]), flush=True)
     playbook("molecule/shared/destroy.yml", log=RESULTS / "destroy.log", count=max(counts))
     over = findings(rows)
     machine = {"cpus": os.cpu_count(), "platform": platform.platform()}
     (RESULTS / "bench.json").write_text(json.dumps({"machine": machine, "rows": rows, "over": over}, indent=2) + "\n")
     for column, title in PLOTS.items():
         plot(rows, column, title, RESULTS / f"{column}.svg")
-    print("  ".join(f"{name:>14}" for name in COLUMNS))
+    print(line({name: name for name in COLUMNS}))
     for row in sorted(rows, key=lambda row: int(row["nodes"])):
-        print("  ".join(f"{row[name]!s:>14}" for name in COLUMNS))
+        print(line(row))
     print(f"bench-fleet: the same as JSON and as plots in {RESULTS.relative_to(ROOT)}/")
     for finding in over:
         print(f"bench-fleet: over the budget: {finding}", file=sys.stderr)
