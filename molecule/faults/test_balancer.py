@@ -42,23 +42,6 @@ def test_a_gateway_lost_at_the_drain(case: Case, release: str) -> None:
     case.converged(again, "the node kept its release, and its engine was not stopped; the next run converged")
 
 
-@pytest.mark.fault("one cannot be reached as a node goes back")
-def test_a_gateway_lost_on_the_way_back(case: Case, release: str) -> None:
-    """The way back does not wait for it: the node serves its old release, on the gateway that answers."""
-    acting = case.during("verifying", case.node(SECOND).cut_off)
-    try:
-        run = case.play(seconds=300, **case.next(light_fault="garbage"))
-        offered = case.fleet.rotation(FIRST)[CANARY]
-    finally:
-        acting.join()
-        case.node(SECOND).let_in()
-    assert offered == "in up"
-    line = rf"release {release} serves again; {SECOND} could not be reached, and may leave it out of rotation"
-    case.rolled_back(run, line, release)
-    again = case.play(seconds=300, light_release="after the way back")
-    case.converged(again, f"{case.what}; the next run converged")
-
-
 @pytest.mark.fault("it does not know the node's name")
 def test_a_name_that_no_gateway_has(case: Case, tmp_path: Path) -> None:
     inventory = case.fleet.other_inventory(tmp_path, "faults-2:", "faults-9:")

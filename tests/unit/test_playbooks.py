@@ -14,15 +14,14 @@ ROOT = Path(__file__).resolve().parents[2]
 PLAYBOOKS = [ROOT / "site.yml", *sorted((ROOT / "playbooks").glob("*.yml"))]
 TASKS = sorted((ROOT / "playbooks/tasks").glob("*.yml"))
 # They do not do what they say: with a rescue, with an unreachable node or in batches the run goes on, or healthy nodes
-# are cut off in the middle (ansible#86574). A delegated task alone may pass over the host that it is delegated to.
+# are cut off in the middle (ansible#86574).
 DECEPTIVE = {"max_fail_percentage", "any_errors_fatal", "ignore_errors", "ignore_unreachable", "strategy"}
 
 
 def keys(node: Any) -> set[str]:
-    """Every key of a YAML document, however deep; a delegated task's ignore_unreachable is none."""
+    """Every key of a YAML document, however deep."""
     if isinstance(node, dict):
-        own = {str(key) for key in node} - ({"ignore_unreachable"} if "delegate_to" in node else set())
-        return own | {key for value in node.values() for key in keys(value)}
+        return {str(key) for key in node} | {key for value in node.values() for key in keys(value)}
     if isinstance(node, list):
         return {key for value in node for key in keys(value)}
     return set()
