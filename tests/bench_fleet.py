@@ -187,12 +187,14 @@ def main() -> int:
         if count < max(counts):
             remove(count)
         playbook("molecule/shared/create.yml", log=RESULTS / f"create-{count}.log", count=count)
+        before = yardstick()
         for run, arguments in RUNS.items():
             print(f"bench-fleet: {count} nodes, {run} ...", flush=True)
             measure = RESULTS / f"{run}-{count}.json"
-            yard = yardstick()
             memory = playbook(*arguments, log=RESULTS / f"{run}-{count}.log", count=count, measure=measure)
-            rows.append(measured(measure, count, run, memory, statistics.mean((yard, yardstick()))))
+            after = yardstick()
+            rows.append(measured(measure, count, run, memory, statistics.mean((before, after))))
+            before = after
             print(line(rows[-1]), flush=True)
     playbook("molecule/shared/destroy.yml", log=RESULTS / "destroy.log", count=max(counts))
     over = findings(rows)

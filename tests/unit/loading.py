@@ -1,4 +1,4 @@
-"""Plugins of one name: a module, and the action plugin that calls it."""
+"""Loads what the tests cannot import by its name: programs, and plugins that share one with another."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load(kind: str, name: str) -> ModuleType:
-    """kind: modules or action."""
-    spec = importlib.util.spec_from_file_location(f"{name}_{kind}", ROOT / "plugins" / kind / f"{name}.py")
+    """A module (kind modules), or the action plugin that calls it (kind action)."""
+    return load_file(ROOT / "plugins" / kind / f"{name}.py", f"{name}_{kind}")
+
+
+def load_file(path: Path, name: str) -> ModuleType:
+    """The program as the module `name`."""
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     loaded = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = loaded

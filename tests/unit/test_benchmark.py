@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from typing import Any
 import benchmark as plugin
 import pytest
 import yaml
+from loading import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "roles" / "benchmark" / "files" / "benchmark_run.py"
@@ -115,11 +115,7 @@ def test_figures_that_a_client_lacks_are_null() -> None:
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The unit's program, in a place where `docker exec` needs no container."""
-    spec = importlib.util.spec_from_file_location("benchmark_run", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_file(PROGRAM, "benchmark_run")
     monkeypatch.setattr(module, "RESULT", str(tmp_path / "in-container.json"))
     monkeypatch.setattr(module, "PID", str(tmp_path / "in-container.pid"))
     docker = tmp_path / "bin" / "docker"

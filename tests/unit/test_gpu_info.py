@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import gpu_info
 import pytest
+from loading import load_file
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "nvidia-smi"
 
@@ -71,10 +70,7 @@ def test_topology_ignores_network_cards() -> None:
 
 
 def test_the_derived_files_are_what_the_generator_writes() -> None:
-    spec = importlib.util.spec_from_file_location("derive_b200", FIXTURES / "derive_b200.py")
-    assert spec is not None and spec.loader is not None
-    generator: ModuleType = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generator)
+    generator = load_file(FIXTURES / "derive_b200.py", "derive_b200")
     assert {name: text("hgx-b200-570", name) for name in generator.files()} == generator.files()
 
 

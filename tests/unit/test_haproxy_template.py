@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
-import importlib.util
 import json
 import shutil
 import socket
@@ -21,6 +20,7 @@ from typing import Any
 import jinja2
 import pytest
 from ansible.plugins.filter.core import FilterModule
+from loading import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 HAPROXY = shutil.which("haproxy") or "/usr/sbin/haproxy"
@@ -289,15 +289,7 @@ class Edge:
         self.logs.close()
 
 
-def load_program() -> Any:
-    spec = importlib.util.spec_from_file_location("gateway_reload", ROOT / "roles/gateway/files/gateway-reload.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-RELOAD = load_program()
+RELOAD = load_file(ROOT / "roles/gateway/files/gateway-reload.py", "gateway_reload")
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10) -> None:

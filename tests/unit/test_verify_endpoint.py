@@ -16,6 +16,7 @@ import endpoint
 import pytest
 import verify_endpoint
 import yaml
+from ansible.module_utils.endpoint import Wrong
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS: dict[str, Any] = yaml.safe_load((ROOT / "roles/verify/files/questions.yml").read_text())
@@ -517,7 +518,7 @@ def test_a_runtime_that_never_can_is_one(node: Node, monkeypatch: pytest.MonkeyP
     slept: list[float] = []
     node.fail("exec", RUNTIME)
     monkeypatch.setattr(time, "sleep", slept.append)
-    with pytest.raises(Exception, match="OCI runtime exec failed"):
+    with pytest.raises(Wrong, match="OCI runtime exec failed"):
         verify_endpoint.Verification(node.params).check_gpus_in_container()
     assert slept == list(verify_endpoint.EXEC_PAUSES)
 
