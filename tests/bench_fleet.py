@@ -7,10 +7,10 @@ tenth more than one of the smallest. The nodes are containers on this machine, s
 `waits`, the round trips that only follow a long step on; round trips, the controller's CPU time and its memory carry
 over to real nodes.
 
-The same work takes more CPU time while more machines run beside it. So the largest fleet is the first, its machines
-stay for the smaller ones, and only those that are used again are made anew. And a virtual machine is not as fast at any
-hour: before and after each run a fixed piece of work is timed, `yardstick_s`, and rows are compared by
-`yards_per_node`, the CPU time in such pieces.
+The same work takes more CPU time while other machines use the caches, and a virtual machine is not as fast at any hour.
+So the largest fleet is the first, its machines stay for the smaller ones, and only those that are used again are made
+anew. And all through each run a fixed piece of work is timed, `yardstick_s`; rows are compared by `yards_per_node`, the
+CPU time in such pieces.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import statistics
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +53,16 @@ PLOTS = {
 GROWTH = 1.1  # of the cost per node, from the smallest fleet to the largest
 STATUS_SECONDS = 20
 YARDSTICK = [sys.executable, "-c", "import ansible.playbook"]
+YARDSTICK_PAUSE = 5.0  # seconds from one piece of fixed work to the next
+MEMORY_PAUSE = 1.0
 
 
 def yardstick() -> float:
-    """CPU seconds that a fixed piece of work takes: the median of ten times."""
-
-    def once() -> float:
-        _, status, usage = os.wait4(os.posix_spawn(YARDSTICK[0], YARDSTICK, os.environ), 0)
-        if status:
-            sys.exit(f"bench-fleet: {' '.join(YARDSTICK)} failed")
-        return usage.ru_utime + usage.ru_stime
-
-    return statistics.median(once() for _ in range(10))
+    """CPU seconds that a fixed piece of work takes."""
+    _, status, usage = os.wait4(os.posix_spawn(YARDSTICK[0], YARDSTICK, os.environ), 0)
+    if status:
+        sys.exit(f"bench-fleet: {' '.join(YARDSTICK)} failed")
+    return usage.ru_utime + usage.ru_stime
 
 
 def tree_memory(root: int) -> int:
@@ -86,35 +86,34 @@ def tree_memory(root: int) -> int:
     return total * 1024
 
 
-def playbook(*arguments: str, log: Path, count: int, measure: Path | None = None) -> int:
+def samples(sample: Callable[[], float], pause: float, ended: threading.Event) -> list[float]:
+    """What `sample` returns at once, then after each pause until the end."""
+    taken = [sample()]
+    while not ended.wait(pause):
+        taken.append(sample())
+    return taken
+
+
+def playbook(*arguments: str, log: Path, count: int, measure: Path | None = None) -> tuple[float, float]:
     """Runs ansible-playbook over `count` nodes, its output in `log`; ends the bench where it fails.
 
-    Returns the most memory that it had, in bytes, looked at each second.
+    Returns the most memory that it had, in bytes, and the median time of the yardstick beside it, in seconds.
     """
     env = {**os.environ, "GLM_BENCH_NODES": str(count), "ANSIBLE_FORCE_COLOR": "0"}
     if measure:
         env |= {"ANSIBLE_CALLBACKS_ENABLED": "round_trips", "ROUND_TRIPS_JSON": str(measure)}
-    most, ended = 0, threading.Event()
-    with log.open("w") as out:
+    ended = threading.Event()
+    with log.open("w") as out, ThreadPoolExecutor() as pool:
         process = subprocess.Popen(
             ["ansible-playbook", *arguments, "-i", INVENTORY], cwd=ROOT, env=env, stdout=out, stderr=out
         )
-
-        def look() -> None:
-            nonlocal most
-            while not ended.wait(1.0):
-                most = max(most, tree_memory(process.pid))
-
-        looking = threading.Thread(target=look)
-        if measure:
-            looking.start()
+        memory = pool.submit(samples, lambda: tree_memory(process.pid), MEMORY_PAUSE, ended)
+        yards = pool.submit(samples, yardstick, YARDSTICK_PAUSE, ended)
         code = process.wait()
         ended.set()
-        if measure:
-            looking.join()
     if code:
         sys.exit(f"bench-fleet: {' '.join(arguments)} failed with exit code {code}: see {log}")
-    return most
+    return max(memory.result()), statistics.median(yards.result())
 
 
 def remove(count: int) -> None:
@@ -123,7 +122,7 @@ def remove(count: int) -> None:
     subprocess.run(["docker", "rm", "--force", "--volumes", *names], check=True, stdout=subprocess.DEVNULL)
 
 
-def measured(path: Path, count: int, run: str, memory: int, yard: float) -> dict[str, Any]:
+def measured(path: Path, count: int, run: str, memory: float, yard: float) -> dict[str, Any]:
     """One row of the table from what the round_trips callback wrote."""
     data = json.loads(path.read_text())
     hosts = [host for name, host in data.items() if name.startswith("bench-")]
@@ -187,14 +186,11 @@ def main() -> int:
         if count < max(counts):
             remove(count)
         playbook("molecule/shared/create.yml", log=RESULTS / f"create-{count}.log", count=count)
-        before = yardstick()
         for run, arguments in RUNS.items():
             print(f"bench-fleet: {count} nodes, {run} ...", flush=True)
             measure = RESULTS / f"{run}-{count}.json"
-            memory = playbook(*arguments, log=RESULTS / f"{run}-{count}.log", count=count, measure=measure)
-            after = yardstick()
-            rows.append(measured(measure, count, run, memory, statistics.mean((before, after))))
-            before = after
+            memory, yard = playbook(*arguments, log=RESULTS / f"{run}-{count}.log", count=count, measure=measure)
+            rows.append(measured(measure, count, run, memory, yard))
             print(line(rows[-1]), flush=True)
     playbook("molecule/shared/destroy.yml", log=RESULTS / "destroy.log", count=max(counts))
     over = findings(rows)
