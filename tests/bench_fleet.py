@@ -46,6 +46,7 @@ RUNS: dict[str, list[str]] = {
 }
 PLOTS = {
     "cpu_s_per_node": "Controller CPU per node (s)",
+    "yards_per_node": "Controller CPU per node (pieces of fixed work)",
     "trips_per_node": "Round trips per node",
     "peak_mib": "Controller's peak memory (MiB)",
     "wall_s": "Wall time (s)",
