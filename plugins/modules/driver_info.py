@@ -112,6 +112,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.processes import open_files
 
 LOCK = "/var/lib/dpkg/lock-frontend"
 DOCKER_SOCKET = "/var/run/docker.sock"
@@ -311,7 +312,7 @@ def parse_locks(text: str, inode: int) -> list[int]:
 def has_open(pid: int, path: str, proc: str = "/proc") -> bool:
     """Inodes repeat on other file systems. A process that may not be looked into counts as one that has it open."""
     try:
-        return any(os.readlink(entry.path) == path for entry in os.scandir(f"{proc}/{pid}/fd"))
+        return path in open_files(pid, proc)
     except PermissionError:
         return True
     except OSError:

@@ -87,6 +87,7 @@ node:
   type: dict
 """
 
+import contextlib
 import ctypes
 import hashlib
 import http.client
@@ -108,6 +109,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.processes import open_files
 
 DOCKER_SOCKET = "/var/run/docker.sock"
 CDI_DIRECTORIES = ("/etc/cdi", "/var/run/cdi")
@@ -316,13 +318,11 @@ def socket_owners(inodes: set[str]) -> dict[str, int]:
     owners: dict[str, int] = {}
     wanted = {f"socket:[{inode}]": inode for inode in inodes}
     for process in Path("/proc").glob("[0-9]*") if wanted else []:
-        try:
-            links = [os.readlink(entry.path) for entry in os.scandir(process / "fd")]
-        except OSError:
-            continue  # gone meanwhile
-        for link in links:
-            if link in wanted:
-                owners.setdefault(wanted[link], int(process.name))
+        pid = int(process.name)
+        with contextlib.suppress(OSError):  # gone meanwhile
+            for link in open_files(pid):
+                if link in wanted:
+                    owners.setdefault(wanted[link], pid)
     return owners
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -61,6 +62,21 @@ def test_listening_ports_name_the_process() -> None:
         seen = node_info.ports([number], {})[str(number)]
     assert (seen["listening"], seen["address"]) == (True, "127.0.0.1")
     assert seen["pid"] is not None and seen["process"]
+
+
+def test_a_server_that_closes_a_connection_meanwhile_still_holds_its_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    readlink = os.readlink
+    with socket.create_server(("127.0.0.1", 0)) as listener, Path(os.devnull).open() as other:
+
+        def closing(path: str) -> str:
+            if path == f"/proc/{os.getpid()}/fd/{other.fileno()}":
+                raise FileNotFoundError(path)
+            return readlink(path)
+
+        monkeypatch.setattr(os, "readlink", closing)
+        number = listener.getsockname()[1]
+        seen = node_info.ports([number], {})[str(number)]
+    assert seen["pid"] == os.getpid()
 
 
 def test_free_port() -> None:
