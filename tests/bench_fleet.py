@@ -95,26 +95,43 @@ def samples(sample: Callable[[], float], pause: float, ended: threading.Event) -
     return taken
 
 
-def playbook(*arguments: str, log: Path, count: int, measure: Path | None = None) -> tuple[float, float]:
-    """Runs ansible-playbook over `count` nodes, its output in `log`; ends the bench where it fails.
+def start(*arguments: str, log: Path, count: int, **env: str) -> subprocess.Popen[bytes]:
+    """Starts ansible-playbook over `count` nodes, its output in `log`."""
+    env = {**os.environ, "GLM_BENCH_NODES": str(count), "ANSIBLE_FORCE_COLOR": "0", **env}
+    with log.open("w") as out:
+        return subprocess.Popen(
+            ["ansible-playbook", *arguments, "-i", INVENTORY], cwd=ROOT, env=env, stdout=out, stderr=out
+        )
+
+
+def finish(process: subprocess.Popen[bytes], log: Path) -> None:
+    """Waits for a playbook; ends the bench where it fails."""
+    if process.wait():
+        sys.exit(f"bench-fleet: {process.args!r} failed with exit code {process.returncode}: see {log}")
+
+
+def measure(*arguments: str, log: Path, count: int, trips: Path) -> tuple[float, float]:
+    """Runs a playbook, with what the round_trips callback counts in `trips`.
 
     Returns the most memory that it had, in bytes, and the median time of the yardstick beside it, in seconds.
     """
-    env = {**os.environ, "GLM_BENCH_NODES": str(count), "ANSIBLE_FORCE_COLOR": "0"}
-    if measure:
-        env |= {"ANSIBLE_CALLBACKS_ENABLED": "round_trips", "ROUND_TRIPS_JSON": str(measure)}
     ended = threading.Event()
-    with log.open("w") as out, ThreadPoolExecutor() as pool:
-        process = subprocess.Popen(
-            ["ansible-playbook", *arguments, "-i", INVENTORY], cwd=ROOT, env=env, stdout=out, stderr=out
-        )
+    process = start(
+        *arguments, log=log, count=count, ANSIBLE_CALLBACKS_ENABLED="round_trips", ROUND_TRIPS_JSON=str(trips)
+    )
+    with ThreadPoolExecutor() as pool:
         memory = pool.submit(samples, lambda: tree_memory(process.pid), MEMORY_PAUSE, ended)
         yards = pool.submit(samples, yardstick, YARDSTICK_PAUSE, ended)
-        code = process.wait()
-        ended.set()
-    if code:
-        sys.exit(f"bench-fleet: {' '.join(arguments)} failed with exit code {code}: see {log}")
+        try:
+            finish(process, log)
+        finally:
+            ended.set()
     return max(memory.result()), statistics.median(yards.result())
+
+
+def prepare(playbook: str, count: int, log: Path) -> None:
+    """Makes or removes the machines, unmeasured."""
+    finish(start(f"molecule/shared/{playbook}.yml", log=log, count=count), log)
 
 
 def remove(count: int) -> None:
@@ -123,7 +140,7 @@ def remove(count: int) -> None:
     subprocess.run(["docker", "rm", "--force", "--volumes", *names], check=True, stdout=subprocess.DEVNULL)
 
 
-def measured(path: Path, count: int, run: str, memory: float, yard: float) -> dict[str, Any]:
+def row_of(path: Path, count: int, run: str, memory: float, yard: float) -> dict[str, Any]:
     """One row of the table from what the round_trips callback wrote."""
     data = json.loads(path.read_text())
     hosts = [host for name, host in data.items() if name.startswith("bench-")]
@@ -182,18 +199,18 @@ def main() -> int:
     counts = sorted(parser.parse_args().counts, reverse=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     rows = []
-    playbook("molecule/shared/destroy.yml", log=RESULTS / "destroy.log", count=max(counts))
+    prepare("destroy", max(counts), RESULTS / "destroy.log")
     for count in counts:
         if count < max(counts):
             remove(count)
-        playbook("molecule/shared/create.yml", log=RESULTS / f"create-{count}.log", count=count)
+        prepare("create", count, RESULTS / f"create-{count}.log")
         for run, arguments in RUNS.items():
             print(f"bench-fleet: {count} nodes, {run} ...", flush=True)
-            measure = RESULTS / f"{run}-{count}.json"
-            memory, yard = playbook(*arguments, log=RESULTS / f"{run}-{count}.log", count=count, measure=measure)
-            rows.append(measured(measure, count, run, memory, yard))
+            trips = RESULTS / f"{run}-{count}.json"
+            memory, yard = measure(*arguments, log=RESULTS / f"{run}-{count}.log", count=count, trips=trips)
+            rows.append(row_of(trips, count, run, memory, yard))
             print(line(rows[-1]), flush=True)
-    playbook("molecule/shared/destroy.yml", log=RESULTS / "destroy.log", count=max(counts))
+    prepare("destroy", max(counts), RESULTS / "destroy.log")
     over = findings(rows)
     machine = {"cpus": os.cpu_count(), "platform": platform.platform()}
     (RESULTS / "bench.json").write_text(json.dumps({"machine": machine, "rows": rows, "over": over}, indent=2) + "\n")

@@ -143,17 +143,17 @@ def test_a_disk_that_fills_up_ends_the_copy(case: Case, release: str) -> None:
 
 @pytest.mark.fault("the hub, from which every node is seeded, dies in a copy")
 def test_a_hub_that_dies(case: Case, release: str) -> None:
-    hub = ("docker", "exec", case.mirror.container, "sh", "-c")
+    hub = ("exec", case.mirror.container, "sh", "-c")
     # Killed: a stop alone lets it send what it has begun, which may be all of the files.
     death = "systemctl kill --signal=KILL glm-hub; systemctl stop glm-hub"
     with case.mirror.hub(bytes_per_second=20_000):
-        acting = as_it_copies(case, lambda _: subprocess.run([*hub, death], check=True))
+        acting = as_it_copies(case, lambda _: docker(*hub, death))
         try:
             run = case.play(seconds=400, **case.next(**ELSEWHERE))
         finally:
             for thread in acting:
                 thread.join()
-            subprocess.run([*hub, "systemctl start glm-hub"], check=True)
+            docker(*hub, "systemctl start glm-hub")
     for node in NODES:
         case.node(node).run("rm -rf /var/lib/glm/elsewhere; systemctl reset-failed glm-weights", check=False)
     case.unprepared(run, r"(could not be downloaded|cannot be reached|does not answer)", release)

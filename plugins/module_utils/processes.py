@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 
 
 def open_files(pid: int, proc: str = "/proc") -> list[str]:
@@ -17,3 +18,12 @@ def open_files(pid: int, proc: str = "/proc") -> list[str]:
         with contextlib.suppress(FileNotFoundError):
             targets.append(os.readlink(entry.path))
     return targets
+
+
+def parse_container_id(cgroup: str, of_the_node: str = "") -> str | None:
+    """The innermost container's id in /proc/PID/cgroup.
+
+    `of_the_node` is PID 1's: an id that it holds too names the node, not a container on it.
+    """
+    ids = re.findall(r"[0-9a-f]{64}", cgroup)
+    return next((name for name in reversed(ids) if name not in of_the_node), None)

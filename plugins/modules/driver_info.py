@@ -98,13 +98,11 @@ driver:
 """
 
 import fnmatch
-import http.client
 import json
 import os
 import platform
 import re
 import shutil
-import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -112,10 +110,10 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.docker_socket import docker_get, docker_runs
 from ansible.module_utils.processes import open_files
 
 LOCK = "/var/lib/dpkg/lock-frontend"
-DOCKER_SOCKET = "/var/run/docker.sock"
 DISKS = ("/", "/boot", "/usr", "/var")
 MOST_OF_A_COMMAND_LINE = 80  # characters
 LINES_OF_A_LOG = 5
@@ -398,36 +396,6 @@ def toolkit(directory: str, timeout: int) -> str | None:
     nvcc = os.path.join(directory, "bin", "nvcc")
     said = run([nvcc, "--version"], timeout) if os.path.exists(nvcc) else ""
     return parse_toolkit(read(os.path.join(directory, "version.json")), said)
-
-
-class _DockerConnection(http.client.HTTPConnection):
-    def __init__(self) -> None:
-        super().__init__("localhost", timeout=20)
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(DOCKER_SOCKET)
-
-
-def docker_get(path: str) -> Any:
-    """The decoded answer of the Docker API, or None."""
-    connection = _DockerConnection()
-    try:
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        body = answer.read()
-        return json.loads(body) if answer.status == 200 else None
-    except (OSError, ValueError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
-
-
-def docker_runs() -> bool:
-    """Looks for the process first: connecting to the socket would start a socket-activated Docker."""
-    commands = (read(path).strip() for path in Path("/proc").glob("[0-9]*/comm"))
-    return os.path.exists(DOCKER_SOCKET) and "dockerd" in commands
 
 
 def uses_gpus(container: dict[str, Any]) -> bool:

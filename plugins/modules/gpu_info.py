@@ -55,6 +55,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.processes import parse_container_id
 
 NVIDIA_VENDOR = "0x10de"
 PCI_CLASSES_OF_GPUS = ("0x0300", "0x0302")  # VGA and 3D controllers; NVSwitches are 0x0680
@@ -286,12 +287,6 @@ def parse_kernel_log(text: str) -> KernelLog:
     return log
 
 
-def parse_cgroup(text: str, of_the_node: str = "") -> str | None:
-    """The container's id in /proc/PID/cgroup; ids that also hold PID 1 name the node, not a container on it."""
-    ids = re.findall(r"[0-9a-f]{64}", text)
-    return next((name for name in reversed(ids) if name not in of_the_node), None)
-
-
 def build_driver(proc_version: str, smi: Output, query: Query, library_file: str | None) -> Driver | None:
     """None where nothing of a driver is there."""
     module_version, open_module = parse_module_version(proc_version)
@@ -382,7 +377,7 @@ def name_containers(processes: list[Process], own_containers: list[str], timeout
     """Fills in which container a process belongs to. Docker is asked only if one does."""
     of_the_node = read("/proc/1/cgroup")
     for process in processes:
-        process.container_id = parse_cgroup(read(f"/proc/{process.pid}/cgroup"), of_the_node)
+        process.container_id = parse_container_id(read(f"/proc/{process.pid}/cgroup"), of_the_node)
     if not any(process.container_id for process in processes):
         return
     listing = run(["docker", "ps", "--no-trunc", "--format", "{{.ID}} {{.Names}}"], timeout)

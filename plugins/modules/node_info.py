@@ -109,9 +109,9 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.processes import open_files
+from ansible.module_utils.docker_socket import docker_get, docker_runs
+from ansible.module_utils.processes import open_files, parse_container_id
 
-DOCKER_SOCKET = "/var/run/docker.sock"
 CDI_DIRECTORIES = ("/etc/cdi", "/var/run/cdi")
 LISTEN = "0A"
 CAP_SYS_RESOURCE = 24
@@ -307,12 +307,6 @@ def parse_unit(cgroup: str) -> str | None:
     return units[-1] if units else None
 
 
-def parse_container_id(cgroup: str, of_the_node: str = "") -> str | None:
-    """The innermost container's id; ids that also hold PID 1 name the node, not a container on it."""
-    ids = re.findall(r"[0-9a-f]{64}", cgroup)
-    return next((name for name in reversed(ids) if name not in of_the_node), None)
-
-
 def socket_owners(inodes: set[str]) -> dict[str, int]:
     """The first process found to hold each socket."""
     owners: dict[str, int] = {}
@@ -427,36 +421,6 @@ def units(names: list[str]) -> dict[str, dict[str, Any]]:
     # An alias is shown under its target's name; systemctl keeps the order of the arguments.
     by_order = list(shown.values()) if len(shown) == len(names) else []
     return {name: shown.get(name) or (by_order[i] if by_order else absent) for i, name in enumerate(names)}
-
-
-class _DockerConnection(http.client.HTTPConnection):
-    def __init__(self) -> None:
-        super().__init__("localhost", timeout=20)
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(DOCKER_SOCKET)
-
-
-def docker_runs() -> bool:
-    """Looks for the process first: connecting to the socket would start a socket-activated Docker."""
-    commands = (read(path).strip() for path in Path("/proc").glob("[0-9]*/comm"))
-    return os.path.exists(DOCKER_SOCKET) and "dockerd" in commands
-
-
-def docker_get(path: str) -> Any:
-    """The decoded answer of the Docker API, or None."""
-    connection = _DockerConnection()
-    try:
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        body = answer.read()
-        return json.loads(body) if answer.status == 200 else None
-    except (OSError, ValueError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
 
 
 def docker(info: dict[str, Any] | None, container_names: dict[str, str]) -> dict[str, Any]:

@@ -161,14 +161,6 @@ def test_kernel_log() -> None:
     assert gpu_info.parse_kernel_log("").readable is False
 
 
-def test_container_of_a_process() -> None:
-    inner, outer = "a" * 64, "b" * 64
-    assert gpu_info.parse_cgroup(f"0::/system.slice/docker-{inner}.scope\n") == inner
-    nested = f"0::/docker/{outer}/system.slice/docker-{inner}.scope\n"
-    assert gpu_info.parse_cgroup(nested, f"0::/docker/{outer}/init.scope\n") == inner
-    assert gpu_info.parse_cgroup(f"0::/docker/{outer}/system.slice/x.service\n", f"0::/docker/{outer}\n") is None
-
-
 def test_gpus_on_the_bus(tmp_path: Path) -> None:
     for address, vendor, kind in (
         ("0000:1b:00.0", "0x10de", "0x030200"),
