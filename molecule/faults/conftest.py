@@ -153,11 +153,12 @@ def cases(names: Iterable[str], vital: Collection[str]) -> list[Any]:
 def found(run: Run, pattern: str) -> str:
     """The one line that the pattern matches; of a loop's item too."""
     lines = [line for message in run.messages for line in message.splitlines()]
-    lines += [" ".join(run.output.split())]
+    lines += " ".join(run.output.split()).split(" Origin: ")  # where a failed task is written follows what it says
     for line in lines:
         match = re.search(pattern, line)
         if match:
-            said = line.strip() if len(line) < 300 else f"{line[match.start() :][:300].strip()} ..."
+            said = (line if len(line) < 300 else line[match.start() :]).strip()
+            said = said if len(said) < 300 else f"{said[:300].strip()} ..."
             return said.removeprefix("Nothing was changed: ").removeprefix("Nothing was changed. ")
     raise AssertionError(f"no line matches {pattern!r}: {run.messages}\n{run.errors}")
 

@@ -65,6 +65,7 @@ def info() -> Iterator[dict[str, Any]]:
         docker("exec", NAME, "sh", "-c", INSTALL)
         docker("exec", NAME, "mkdir", "/tmp/lib")
         docker("cp", str(Path(ansible.__file__).parent), f"{NAME}:/tmp/lib/ansible")
+        docker("cp", f"{ROOT / 'plugins/module_utils'}/.", f"{NAME}:/tmp/lib/ansible/module_utils")
         docker("cp", str(ROOT / "plugins/modules"), f"{NAME}:/tmp/modules")
         options = yaml.safe_load(driver_info.DOCUMENTATION)["options"]
         arguments = {name: option["default"] for name, option in options.items()} | {"packages": ["nvlsm"]}
