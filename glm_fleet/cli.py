@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from glm_fleet import inventory as inventories
 from glm_fleet import journal, tables
@@ -31,7 +30,7 @@ Exit codes:
   11   a node could not be reached
   12   refused before anything was changed
   13   another rollout holds the lock
-  130  ended by Ctrl-C
+  130  ended by Ctrl-C, or without a yes to --pause
 """
 
 
@@ -94,6 +93,9 @@ def common(function: Callable[..., Any]) -> Callable[..., Any]:
             "-i", "--inventory", type=click.Path(path_type=Path), default=Path("inventory/lambda"), show_default=True,
             is_eager=True, help="The inventory: a directory, or a file in it.",
         ),
+        click.option(
+            "--vault-password-file", type=click.Path(exists=True, path_type=Path), help="For an encrypted inventory."
+        ),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else."),
         click.option(
             "--runs", type=click.Path(path_type=Path), help="Where the journals go.  [default: results/INVENTORY/runs]"
@@ -108,9 +110,6 @@ def running(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options of a command that runs a playbook over nodes."""
     options = [
         click.option("-e", "--extra-vars", multiple=True, metavar="NAME=VALUE|@FILE", help="A setting for this run."),
-        click.option(
-            "--vault-password-file", type=click.Path(exists=True, path_type=Path), help="For an encrypted inventory."
-        ),
         click.option("--env", "keep", multiple=True, metavar="NAME", help="Let Ansible see this environment variable."),
     ]
     for option in reversed(options):
@@ -255,9 +254,11 @@ def undrain(nodes: tuple[str, ...], **common: Any) -> None:
 @click.argument("run", required=False, default="", shell_complete=runs_completion)
 @click.option("--list", "listed", is_flag=True, help="List the runs.")
 @common
-def report(run: str, listed: bool, inventory: Path, as_json: bool, runs: Path | None) -> None:
+def report(
+    run: str, *, listed: bool, inventory: Path, vault_password_file: Path | None, as_json: bool, runs: Path | None
+) -> None:
     """Write a report from a journal: RUN's beside it, else again that of the last deployment."""
-    read = read_inventory(inventory)
+    read = read_inventory(inventory, vault_password_file)
     directory = runs_of(read, runs)
     if listed:
         tables.runs(journal.known(directory), as_json)
@@ -267,19 +268,32 @@ def report(run: str, listed: bool, inventory: Path, as_json: bool, runs: Path | 
     if not entries:
         raise UsageProblem(f"{run}: this run has deployed nothing, so it has no report: glm-fleet report --list")
     target = found.directory if run else results_of(read)
-    settings = {"report_run": entries, "report_fail": False, "report_directory": str(target)}
-    order = Order("report", "playbooks/report.yml", read.path, extra=[settings])
+    later = str(tables.read_json(target / "report.json").get("started", ""))
+    if later > entries["finished"]:
+        raise UsageProblem(
+            f"{target}/report.json is of a run of {later}, after that of the last journal: to have a report of that "
+            f"one beside its journal: glm-fleet report {found.name}"
+        )
     with tempfile.TemporaryDirectory(prefix="glm-fleet.") as scratch:
+        file = Path(scratch) / "run.json"
+        file.write_text(json.dumps(entries), encoding="utf-8")
+        settings = {"report_run_file": str(file), "report_fail": False, "report_directory": str(target)}
+        arguments = vault_arguments(vault_password_file)
+        order = Order("report", "playbooks/report.yml", read.path, extra=[settings], arguments=arguments)
         outcome = execute(order, journal.create(Path(scratch), "report"), State("report", ()), silent=True)
     if outcome.code is not Exit.OK:
         fail("; ".join(outcome.messages), outcome.code)
     tables.report(target / "report.json", as_json)
 
 
-def read_inventory(path: Path) -> Inventory:
+def read_inventory(path: Path, vault_password_file: Path | None = None) -> Inventory:
     # Of this project, wherever the command is called.
     os.environ.setdefault("ANSIBLE_CONFIG", str(ROOT / "ansible.cfg"))
-    return inventories.read(path)
+    return inventories.read(path, vault_password_file)
+
+
+def vault_arguments(vault_password_file: Path | None) -> list[str]:
+    return ["--vault-password-file", str(vault_password_file.resolve())] if vault_password_file else []
 
 
 def results_of(inventory: Inventory) -> Path:
@@ -287,12 +301,13 @@ def results_of(inventory: Inventory) -> Path:
 
 
 def runs_of(inventory: Inventory, runs: Path | None) -> Path:
-    return runs or results_of(inventory) / "runs"
+    return (runs or results_of(inventory) / "runs").resolve()
 
 
 def extra_settings(texts: tuple[str, ...]) -> list[dict[str, Any] | Path]:
     """Each -e as settings by value, or a file of them; as with ansible-playbook the later one wins."""
     from ansible.errors import AnsibleError
+    from ansible.parsing.dataloader import DataLoader
     from ansible.parsing.splitter import parse_kv
 
     parts: list[dict[str, Any] | Path] = []
@@ -301,6 +316,13 @@ def extra_settings(texts: tuple[str, ...]) -> list[dict[str, Any] | Path]:
             path = Path(text[1:]).resolve()
             if not path.is_file():
                 raise UsageProblem(f"-e {text}: there is no such file")
+            try:
+                content = path.read_text(encoding="utf-8")
+                found = {} if content.startswith("$ANSIBLE_VAULT") else DataLoader().load(content, str(path))
+            except (OSError, ValueError, AnsibleError) as problem:
+                raise UsageProblem(f"-e {text}: {' '.join(str(problem).split())}") from problem
+            if not isinstance(found, dict):
+                raise UsageProblem(f"-e {text}: the file holds no settings: write NAME: VALUE, one a line")
             parts.append(path)
             continue
         try:
@@ -327,16 +349,14 @@ def play(
     keep: tuple[str, ...],
     waves: bool = False,
     check: bool = False,
-    after: Callable[[Shown, Console], None] | None = None,
+    after: Callable[[Shown, Screen], None] | None = None,
     kept: bool = True,
 ) -> None:
     """Runs a playbook and ends with its exit code; with `kept` its journal stays."""
-    read = read_inventory(inventory)
+    read = read_inventory(inventory, vault_password_file)
     limit = read.limit(nodes)
     extra = [*extra_settings(extra_vars), settings or {}]
-    arguments = []
-    if vault_password_file:
-        arguments += ["--vault-password-file", str(vault_password_file.resolve())]
+    arguments = vault_arguments(vault_password_file)
     if check:
         arguments += ["--check", "--diff"]
     scratch = None if kept else tempfile.TemporaryDirectory(prefix="glm-fleet.")
@@ -345,14 +365,14 @@ def play(
     order.waves, order.changes, order.check = waves and not check, waves or command == "drain", check
     state = State(f"glm-fleet {command} · {read.name}", nodes or read.nodes)
     outcome = execute(order, run, state, silent=as_json, transient=after is not None)
-    shown = Shown(state, results_of(read), run)
+    shown = Shown(state, run if kept else None)
     if as_json:
         print(json.dumps(tables.summary(command, outcome, shown), indent=2, ensure_ascii=False))
     else:
-        console = Console(highlight=False)
+        console = Screen()
         if after:
             after(shown, console)
-        tables.epilogue(console, resumed(), outcome, shown, stored=kept, deploys=playbook == "site.yml" and not check)
+        tables.epilogue(console, resumed(), outcome, shown, deploys=playbook == "site.yml" and not check)
     if scratch:
         scratch.cleanup()
     sys.exit(outcome.code)
@@ -365,7 +385,7 @@ def resumed() -> str:
 
 def execute(order: Order, run: journal.Run, state: State, silent: bool, transient: bool = False) -> Outcome:
     """Runs it in a view that fits the terminal; stdout is for the result."""
-    console = Screen(stderr=True, highlight=False)
+    console = Screen(stderr=True)
     with view(state, console, silent, transient) as shown:
 
         def listen(line: journal.Line) -> None:
@@ -377,7 +397,7 @@ def execute(order: Order, run: journal.Run, state: State, silent: bool, transien
         return playbook.execute()
 
 
-def ask(playbook: Playbook, shown: View, console: Console) -> None:
+def ask(playbook: Playbook, shown: View, console: Screen) -> None:
     """Whether the next wave may begin: at the terminal, or by a file."""
     if not sys.stdin.isatty() or not console.is_terminal:
         print(f"glm-fleet: to go on: echo yes > {playbook.approval_file}; to halt: echo no > ...", file=sys.stderr)

@@ -70,6 +70,8 @@ class Translator:
             self.stats = {
                 name: dict(data.get(name) or {}) for name in ("changed", "failures", "dark", "rescued", "processed")
             }
+            for node, seen in ((data.get("artifact_data") or {}).get("status") or {}).items():
+                yield "fact", {"host": node, "name": "status", "value": seen}
         elif kind == "verbose":
             for line in str(event.get("stdout", "")).splitlines():
                 found = PROGRESS.match(line)

@@ -37,19 +37,28 @@ class Inventory:
         return ",".join(names + self.gateways) if names else ""
 
 
-def read(path: Path) -> Inventory:
+def read(path: Path, vault_password_file: Path | None = None) -> Inventory:
     """Raises UsageProblem where it is missing, does not parse, or has no nodes."""
     if not path.exists():
         raise UsageProblem(f"{path}: there is no such inventory: pass one with -i, such as -i inventory/lambda")
     # Also for the run itself: Ansible goes on without a file that it cannot read.
     os.environ["ANSIBLE_INVENTORY_ANY_UNPARSED_IS_FAILED"] = "true"
-    from ansible.errors import AnsibleError  # it reads its configuration as it is imported
-    from ansible.inventory.manager import InventoryManager
-    from ansible.parsing.dataloader import DataLoader
-    from ansible.vars.manager import VariableManager
+    try:
+        from ansible import constants  # it reads its configuration as it is imported
+        from ansible.errors import AnsibleError
+        from ansible.inventory.manager import InventoryManager
+        from ansible.parsing.dataloader import DataLoader
+        from ansible.vars.manager import VariableManager
+    except Exception as problem:
+        raise UsageProblem(f"Ansible's configuration cannot be read: {' '.join(str(problem).split())}") from problem
 
     loader, said = DataLoader(), io.StringIO()
     try:
+        password_file = vault_password_file or constants.DEFAULT_VAULT_PASSWORD_FILE
+        if password_file:
+            from ansible.cli import CLI
+
+            loader.set_vault_secrets(CLI.setup_vault_secrets(loader, [], [str(password_file)], auto_prompt=False))
         with redirect_stdout(said), redirect_stderr(said):  # what is wrong is said once, and by us
             manager = InventoryManager(loader=loader, sources=[str(path)])
             groups = manager.get_groups_dict()

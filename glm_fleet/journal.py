@@ -60,7 +60,8 @@ class Run:
 
     def lines(self) -> Iterator[Line]:
         """The lines that are whole: the last one of a run that was cut off may not be."""
-        for text in self.journal.read_text(encoding="utf-8").splitlines():
+        # Not splitlines(): what a node says may hold a line separator of Unicode.
+        for text in self.journal.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 yield json.loads(text)
             except ValueError:

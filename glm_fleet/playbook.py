@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,7 +27,8 @@ KEPT = re.compile(
     r"|GLM_BENCH_NODES|(?i:https?|no)_(?i:proxy)|ANSIBLE_(?!.*(PASSWORD|TOKEN|SECRET)$).*)$"
 )
 GRACE = 5.0  # seconds that a stopped ansible-playbook has to end its workers
-END = "End here, as the user wants it"  # the task that follows from the stop file
+# The tasks that follow from the stop file, and from --pause.
+ENDINGS = {"End here, as the user wants it", "Halt the rollout without a yes"}
 
 
 @dataclass
@@ -121,6 +123,8 @@ class Playbook:
         for name in list(os.environ):
             if not KEPT.match(name) and name not in self.order.keep:
                 del os.environ[name]
+        # That of this environment, activated or not.
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         # ansible-runner sets both, whatever ansible.cfg says.
         os.environ.setdefault("ANSIBLE_HOST_KEY_CHECKING", str(constants.HOST_KEY_CHECKING))
         os.environ.setdefault("ANSIBLE_CALLBACK_PLUGINS", str(ROOT / "plugins/callback"))
@@ -180,7 +184,7 @@ class Playbook:
         if self.now and rc:
             return Outcome(Exit.INTERRUPTED, [], ended.hosts)
         failed = [line["task"] for line in last_of_each(self.results) if ended.hosts.get(line["host"]) == "failed"]
-        if self.asked and failed and set(failed) == {END}:
+        if failed and set(failed) <= ENDINGS:
             return Outcome(Exit.INTERRUPTED, ended.messages, ended.hosts)
         return ended
 
@@ -201,14 +205,16 @@ def judge(
     results: the journal's lines of that kind
     said: what it printed beside the results of tasks
     begun: whether it came as far as a play
-    changes: whether the command is for changing nodes: then a failure before any change is a refusal
+    changes: whether the command is for changing nodes: then a failure before any change is a refusal; without, only
+        what role glm finds in the inventory, or what says so
     """
     hosts = {}
     for host in stats.get("processed", {}):
         marks = (("unreachable", "dark"), ("failed", "failures"), ("changed", "changed"))
         hosts[host] = next((mark for mark, name in marks if stats[name].get(host)), "ok")
     bad = [line for line in results if line["outcome"] in ("failed", "unreachable")]
-    last = [line["message"] for line in last_of_each(bad) if hosts.get(line["host"]) in ("failed", "unreachable")]
+    failed = [line for line in last_of_each(bad) if hosts.get(line["host"]) in ("failed", "unreachable")]
+    last = [line["message"] for line in failed]
     locked = [line["message"] for line in bad if line.get("locked")]
     if rc == 0:
         return Outcome(Exit.OK, [], hosts)
@@ -220,7 +226,9 @@ def judge(
         return Outcome(Exit.LOCKED, unique(locked), hosts)
     if stats["dark"]:
         return Outcome(Exit.UNREACHABLE, unique(last), hosts)
-    return Outcome(Exit.REFUSED if changes and not stats["changed"] else Exit.FAILED, unique(last), hosts)
+    says_so = [line for line in failed if line["role"] == "glm" or "othing was changed" in line["message"]]
+    refused = not stats["changed"] and (changes or (failed and says_so == failed))
+    return Outcome(Exit.REFUSED if refused else Exit.FAILED, unique(last), hosts)
 
 
 def last_of_each(lines: list[journal.Line]) -> list[journal.Line]:

@@ -7,25 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from glm_fleet import journal
 from glm_fleet.errors import Exit
 from glm_fleet.playbook import Outcome
-from glm_fleet.view import State
+from glm_fleet.view import Screen, State
 
 WIDE = 100  # columns from which a table shows all it has
 
 
 @dataclass
 class Shown:
-    """What a run has left: what was seen of its nodes, and where its files are."""
+    """What a run has left: what was seen of its nodes, and its journal where that stays."""
 
     state: State
-    results: Path
-    run: journal.Run
+    run: journal.Run | None
 
 
 def grid(*columns: str) -> Table:
@@ -47,14 +45,13 @@ def short(value: Any) -> str:
     return str(value or "-").removeprefix("sha256:")[:12]
 
 
-def fresh_status(shown: Shown) -> dict[str, Any]:
-    """What the run has written, if it has."""
-    path = shown.results / "status.json"
-    return read_json(path) if path.exists() and path.stat().st_mtime >= shown.state.started else {}
+def status_of(shown: Shown) -> dict[str, Any]:
+    """By node, as playbooks/status.yml hands it over."""
+    return {node: facts["status"] for node, facts in shown.state.facts.items() if "status" in facts}
 
 
-def status(shown: Shown, console: Console) -> None:
-    found = fresh_status(shown)
+def status(shown: Shown, console: Screen) -> None:
+    found = status_of(shown)
     if not found:
         return
     wide = console.width >= WIDE
@@ -95,10 +92,10 @@ def status(shown: Shown, console: Console) -> None:
     console.print(table)
     for node, seen in found.items():
         if seen.get("reason"):
-            console.print(f"{node}: {seen['reason']}", style="yellow", markup=False, soft_wrap=True)
+            console.print(f"{node}: {seen['reason']}", style="yellow", soft_wrap=True)
 
 
-def checks(shown: Shown, console: Console) -> None:
+def checks(shown: Shown, console: Screen) -> None:
     table = grid("NODE", "CHECK", "", "DETAIL")
     for node, facts in shown.state.facts.items():
         for check in facts.get("verify", {}).get("checks", []):
@@ -109,7 +106,7 @@ def checks(shown: Shown, console: Console) -> None:
         console.print(table)
 
 
-def benchmarks(shown: Shown, console: Console) -> None:
+def benchmarks(shown: Shown, console: Screen) -> None:
     table = grid("NODE", "OUTPUT tok/s", "TOTAL tok/s", "TTFT mean ms", "TPOT mean ms", "FAILED")
     for node, facts in shown.state.facts.items():
         found = facts.get("benchmark")
@@ -120,10 +117,10 @@ def benchmarks(shown: Shown, console: Console) -> None:
         console.print(table)
 
 
-def commands(shown: Shown, console: Console) -> None:
+def commands(shown: Shown, console: Screen) -> None:
     for facts in shown.state.facts.values():
         if "command" in facts:
-            console.print(facts["command"], markup=False, soft_wrap=True)
+            console.print(facts["command"], soft_wrap=True)
 
 
 def runs(found: list[journal.Run], as_json: bool) -> None:
@@ -139,7 +136,7 @@ def runs(found: list[journal.Run], as_json: bool) -> None:
     table = grid("RUN", "BEGAN", "EXIT CODE")
     for row in rows:
         table.add_row(row["run"], row["began"], str(row["exit_code"]) if row["state"] == "ended" else row["state"])
-    Console(highlight=False).print(table)
+    Screen().print(table)
 
 
 def report(path: Path, as_json: bool) -> None:
@@ -147,7 +144,7 @@ def report(path: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return
-    console = Console(highlight=False)
+    console = Screen()
     table = grid("NODE", "", "RELEASE", "IMAGE", "REASON")
     for node, entry in found["nodes"].items():
         mark = Text("ok", "green") if entry["ok"] else Text("not ok", "bold red")
@@ -160,19 +157,19 @@ def summary(command: str, outcome: Outcome, shown: Shown) -> dict[str, Any]:
     """The result of a command as JSON."""
     found: dict[str, Any] = {
         "command": command,
-        "run": shown.run.name,
         "exit_code": int(outcome.code),
         "messages": outcome.messages,
         "hosts": outcome.hosts,
-        "journal": str(shown.run.journal),
     }
-    if shown.state.facts:
+    if shown.run:
+        found |= {"run": shown.run.name, "journal": str(shown.run.journal)}
+    if command == "status":
+        found["status"] = status_of(shown)
+    elif shown.state.facts:
         found["nodes"] = {
             node: {name: value for name, value in facts.items() if name != "verdict"}
             for node, facts in shown.state.facts.items()
         }
-    if command == "status":
-        found["status"] = fresh_status(shown)
     return found
 
 
@@ -185,12 +182,12 @@ HINTS = {
 }
 
 
-def epilogue(console: Console, again: str, outcome: Outcome, shown: Shown, *, stored: bool, deploys: bool) -> None:
+def epilogue(console: Screen, again: str, outcome: Outcome, shown: Shown, *, deploys: bool) -> None:
     """The last lines: how it ended, and where to look or what to run."""
-    errors = Console(stderr=True, highlight=False)
+    errors = Screen(stderr=True)
     for message in outcome.messages:
         for line in message.splitlines():
-            errors.print(f"glm-fleet: {line}", markup=False, soft_wrap=True)
+            errors.print(f"glm-fleet: {line}", soft_wrap=True)
     if outcome.code is Exit.INTERRUPTED:
         at = [
             f"{node} ({seen['phase']})"
@@ -198,12 +195,12 @@ def epilogue(console: Console, again: str, outcome: Outcome, shown: Shown, *, st
             if seen["phase"] not in ("waiting", "prepared", "done")
         ]
         where = f" in the middle of {', '.join(at)}" if at and not outcome.messages else ""
-        errors.print(f"glm-fleet: ended{where} as asked; to go on from here: {again}", markup=False, soft_wrap=True)
+        errors.print(f"glm-fleet: ended{where}; to go on from here: {again}", soft_wrap=True)
     elif outcome.code is not Exit.OK:
-        said = f"; what Ansible said: {shown.run.output}" if stored else ""
+        said = f"; what Ansible said: {shown.run.output}" if shown.run else ""
         line = f"glm-fleet: {HINTS[outcome.code]} (exit code {int(outcome.code)}){said}"
-        errors.print(line, markup=False, soft_wrap=True)
+        errors.print(line, soft_wrap=True)
     elif deploys:
         for facts in shown.state.facts.values():
             if "verdict" in facts:
-                console.print(facts["verdict"].rstrip(), markup=False, soft_wrap=True)
+                console.print(facts["verdict"].rstrip(), soft_wrap=True)

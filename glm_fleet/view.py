@@ -31,7 +31,10 @@ NARROW = 64  # columns; below, a node's line has no detail beside it
 
 
 class Screen(Console):
-    """A console whose reader may leave: then it is silent, and the run goes on."""
+    """A console that prints what it is given, whose reader may leave: then it is silent, and the run goes on."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -41,7 +44,7 @@ class State:
     """What is known of each node, from the lines of the journal."""
 
     def __init__(self, title: str, nodes: Sequence[str]) -> None:
-        self.title, self.begun, self.started = title, time.monotonic(), time.time()
+        self.title, self.begun = title, time.monotonic()
         self.nodes: dict[str, dict[str, Any]] = {
             node: {"phase": "waiting", "since": self.begun, "detail": "", "wave": 0} for node in nodes
         }
@@ -230,9 +233,7 @@ class PlainView(Silent):
 
     def _say(self, host: str, text: str) -> None:
         elapsed = clock(time.monotonic() - self.state.begun)
-        self.console.print(
-            f"{elapsed:>7}  {host}{'  ' if host else ''}{text}", markup=False, highlight=False, soft_wrap=True
-        )
+        self.console.print(f"{elapsed:>7}  {host}{'  ' if host else ''}{text}", soft_wrap=True)
 
 
 View = Silent

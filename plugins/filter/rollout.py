@@ -172,7 +172,13 @@ def failure_text(result: Mapping[str, Any]) -> str:
     """What a failed task says; of a loop, what its items say."""
     if "module_stdout" in result and not str(result["module_stdout"]).strip():
         # Ansible says only that it could not parse the answer.
-        return f"the step ended without an answer (exit status {result.get('rc')}): the node went down, or killed it"
+        said = [
+            line.strip()
+            for line in str(result.get("module_stderr") or "").splitlines()
+            if line.strip() and not re.match(r"(Shared )?[Cc]onnection to \S+ closed", line)
+        ]
+        why = said[-1] if said else "the node went down, or killed it"
+        return f"the step ended without an answer (exit status {result.get('rc')}): {why}"
     items = [str(item.get("msg")) for item in result.get("results") or [] if item.get("failed")]
     return "; ".join(items) or str(result.get("msg") or "see above")
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from glm_fleet import journal
+from glm_fleet import journal, tables
 from glm_fleet.cli import extra_settings
 from glm_fleet.errors import Exit, UsageProblem
 from glm_fleet.events import Translator
@@ -81,6 +82,13 @@ def test_events_become_what_happened() -> None:
     assert facts[6][1].items() >= {"outcome": "failed", "message": "another rollout", "locked": True}.items()
 
 
+def test_the_status_comes_with_the_end_of_its_run() -> None:
+    seen = {"node-2": {"phase": "serving"}, "node-1": {"phase": "stopped"}}
+    event = {"event": "playbook_on_stats", "event_data": {"artifact_data": {"status": seen}}}
+    facts = [fact for _, fact in Translator().translate(event)]
+    assert [(fact["host"], fact["value"]) for fact in facts] == list(seen.items())
+
+
 def test_an_item_that_failed_says_why() -> None:
     translator = Translator()
     item = ran("failed", "node-1", "Drain", msg="this edge has no server node-1")
@@ -90,7 +98,7 @@ def test_an_item_that_failed_says_why() -> None:
 
 
 def line(outcome: str, message: str, **more: Any) -> journal.Line:
-    return {"what": "result", "host": "node-1", "outcome": outcome, "message": message, **more}
+    return {"what": "result", "host": "node-1", "outcome": outcome, "role": "", "message": message, **more}
 
 
 def stats(**counts: dict[str, int]) -> dict[str, dict[str, int]]:
@@ -126,6 +134,9 @@ def test_the_exit_code_says_how_it_ended(name: str) -> None:
 def test_what_is_no_refusal_and_what_never_began() -> None:
     asked = judge(2, stats(**FAILED), [line("failed", "wrong answer")], [], begun=True, changes=False)
     assert asked.code == Exit.FAILED
+    for said in (line("failed", "glm_prot: no such setting", role="glm"), line("failed", "Nothing was changed: none")):
+        refused = judge(2, stats(**FAILED), [said], [], begun=True, changes=False)
+        assert refused.code == Exit.REFUSED
     broken = judge(4, {}, [], ["[ERROR]: no such role"], begun=False, changes=True)
     assert (broken.code, broken.messages) == (Exit.USAGE, ["no such role"])
 
@@ -146,6 +157,17 @@ def test_a_run_is_for_its_owner_alone_and_can_be_read_back(tmp_path: Path) -> No
     assert stat.S_IMODE(run.journal.stat().st_mode) == 0o600
     assert run.entries()["entries"] == {"node-1": {"ok": True}}
     assert journal.find(tmp_path / "runs", "").name == run.name
+
+
+def test_a_journal_of_whatever_nodes_have_said(tmp_path: Path) -> None:
+    run = journal.create(tmp_path, "up")
+    writer = journal.Writer(run)
+    writer.write("result", message="a line\u2028of Unicode\x85s")
+    writer.write("entry", host="node-1", entry={})
+    writer.close()
+    with run.journal.open("ab") as file:
+        file.write("cut off within é".encode()[:-1])
+    assert [seen["what"] for seen in run.lines()] == ["result", "entry"]
 
 
 def test_the_oldest_runs_go(tmp_path: Path) -> None:
@@ -210,6 +232,14 @@ def test_without_a_terminal_each_thing_is_a_line() -> None:
     ]
 
 
+def test_a_result_is_printed_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reason = "[rank0] no [/var/lib/glm] at http://[2001:db8:a::1]:8000"
+    entry = {"ok": False, "release": "a", "image_digest": "b", "reason": reason}
+    (tmp_path / "report.json").write_text(json.dumps({"nodes": {"node-1": entry}}))
+    tables.report(tmp_path / "report.json", as_json=False)
+    assert reason[:20] in capsys.readouterr().out
+
+
 # --- wrong calls ---
 
 WRONG: dict[str, tuple[list[str], str]] = {
@@ -234,6 +264,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
         ["up", "-i", "SITE", "-e", "@gone.yml"],
         "-e @gone.yml: there is no such file",
     ),
+    "a file of settings that is none": (["up", "-i", "SITE", "-e", "@requirements.txt"], "holds no settings"),
+    "a file that is not text": (["up", "-i", "SITE", "-e", "@docs/images/report.png"], "-e @docs/images/report.png: "),
     "a drain of nothing": (["drain", "-i", "SITE"], "Missing argument 'NODES...'"),
 }
 
@@ -287,6 +319,77 @@ def test_a_plan_asks_no_node_and_leaves_nothing(inventory: Path, tmp_path: Path)
     assert not (tmp_path / "runs").exists()
     found = glm_fleet("plan", "-i", str(inventory), "--json", "node-1")
     assert json.loads(found.stdout)["hosts"] == {"node-1": "ok"}
+
+
+def deployed(runs: Path, **entry: Any) -> journal.Run:
+    """A run that has."""
+    run = journal.create(runs, "up")
+    writer = journal.Writer(run)
+    writer.write("begin", command="up")
+    writer.write("entry", host="node-1", entry={**ENTRY, **entry})
+    writer.close()
+    return run
+
+
+ENTRY = json.loads((ROOT / "tests/fixtures/report/report.json").read_text(encoding="utf-8"))["nodes"]["b200-1"]
+
+
+def test_a_report_takes_what_nodes_have_said_for_text(inventory: Path, tmp_path: Path) -> None:
+    said = "{{ lookup('pipe', 'echo run') }}"
+    run = deployed(tmp_path / "runs", ok=False, reason=said)
+    done = glm_fleet("report", "-i", str(inventory), "--runs", str(tmp_path / "runs"), "--json", run.name)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["nodes"]["node-1"]["reason"] == said
+    assert said in (run.directory / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_later_report_is_not_replaced(inventory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (inventory / "group_vars").mkdir()
+    name = f"unit-{os.getpid()}"
+    (inventory / "group_vars/all.yml").write_text(f"report_inventory_name: {name}\n")
+    run = deployed(tmp_path / "runs")
+    later = json.dumps({"schema": 1, "started": "2999-01-01T00:00:00Z", "finished": "2999-01-01T01:00:00Z"})
+    report = ROOT / "results" / name / "report.json"
+    report.parent.mkdir(parents=True)
+    try:
+        report.write_text(later)
+        done = glm_fleet("report", "-i", str(inventory), "--runs", str(tmp_path / "runs"))
+        assert (done.returncode, report.read_text()) == (Exit.USAGE, later)
+    finally:
+        shutil.rmtree(report.parent)
+    assert "is of a run of 2999-01-01T00:00:00Z, after that of the last journal" in done.stderr
+    assert f"glm-fleet report {run.name}" in done.stderr
+
+
+def test_an_encrypted_inventory(inventory: Path, tmp_path: Path) -> None:
+    password = tmp_path / "password"
+    password.write_text("canary\n")
+    vault = [str(Path(sys.executable).parent / "ansible-vault"), "encrypt", "--vault-password-file", str(password)]
+    subprocess.run([*vault, str(inventory / "hosts.yml")], check=True, capture_output=True)
+    without = glm_fleet("plan", "-i", str(inventory))
+    assert (without.returncode, len(without.stderr.splitlines())) == (Exit.USAGE, 1)
+    done = glm_fleet("plan", "-i", str(inventory), "--vault-password-file", str(password))
+    assert done.returncode == 0, done.stderr
+    likewise = glm_fleet("plan", "-i", str(inventory), ANSIBLE_VAULT_PASSWORD_FILE=str(password))
+    assert likewise.returncode == 0, likewise.stderr
+
+
+def test_runs_are_kept_where_the_user_is(inventory: Path, tmp_path: Path) -> None:
+    (inventory / "hosts.yml").write_text(INVENTORY.replace("192.0.2.1}", "127.0.0.1, ansible_port: 9}"))
+    environment = {**os.environ, "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "glm_fleet", "verify", "-i", "site", "--runs", "runs", "node-1"]
+    run = subprocess.run(
+        [*command, "-e", "ansible_ssh_retries=0"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert run.returncode == Exit.UNREACHABLE, run.stderr
+    assert len(journal.known(tmp_path / "runs")) == 1
+
+
+def test_a_configuration_that_ansible_does_not_take(inventory: Path) -> None:
+    run = glm_fleet("plan", "-i", str(inventory), ANSIBLE_FORKS="many")
+    (only,) = run.stderr.splitlines()
+    assert (run.returncode, "ANSIBLE_FORKS" in only) == (Exit.USAGE, True)
 
 
 def test_a_node_that_cannot_be_reached(inventory: Path, tmp_path: Path) -> None:

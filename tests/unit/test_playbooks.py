@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,38 @@ def test_a_folded_text_is_one_line(path: Path) -> None:
     document = yaml.compose(path.read_text())
     for text in folded(document) if document else []:
         assert "\n" not in re.sub(r"\{\{.*?\}\}", "", text, flags=re.S).strip()
+
+
+GATE = """
+- hosts: nodes
+  gather_facts: false
+  tasks: [{ansible.builtin.fail: {msg: lost}, when: inventory_hostname == 'lost'}]
+- hosts: nodes
+  gather_facts: false
+  serial: [2, 1]
+  vars: {glm_rollout_max_failures: 3}
+  tasks:
+    - ansible.builtin.include_tasks: ROOT/playbooks/tasks/wave.yml
+      when: inventory_hostname == 'next'
+    - ansible.builtin.set_fact: {FACT: true}
+      when: inventory_hostname == 'canary'
+    - ansible.builtin.fail: {msg: the gate}
+      when: inventory_hostname == 'canary'
+"""
+
+
+@pytest.mark.parametrize(
+    ("fact", "said"), [("__gate_stop", "glm_stop_file asks"), ("__gate_denied", "nobody said yes")]
+)
+def test_no_wave_follows_a_no_where_a_node_had_failed_before(tmp_path: Path, fact: str, said: str) -> None:
+    """Ansible itself takes only a wave whose hosts have all failed within it for the end."""
+    play = tmp_path / "play.yml"
+    play.write_text(GATE.replace("ROOT", str(ROOT)).replace("FACT", fact))
+    inventory = tmp_path / "hosts.yml"
+    inventory.write_text("{nodes: {hosts: {lost: , canary: , next: }}}")
+    command = [str(Path(sys.executable).parent / "ansible-playbook"), str(play), "-i", str(inventory)]
+    run = subprocess.run([*command, "-c", "local"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert re.search(f"msg: .*next: its turn did not come.*{said}", run.stdout), run.stdout
 
 
 def test_settings_that_are_used_are_those_that_are_specified() -> None:
