@@ -177,7 +177,8 @@ def failure_text(result: Mapping[str, Any]) -> str:
             for line in str(result.get("module_stderr") or "").splitlines()
             if line.strip() and not re.match(r"(Shared )?[Cc]onnection to \S+ closed", line)
         ]
-        why = said[-1] if said else "the node went down, or killed it"
+        # A node that goes down empties /tmp, where the module's own files are.
+        why = said[-1] if said and "_payload" not in said[-1] else "the node went down, or killed it"
         return f"the step ended without an answer (exit status {result.get('rc')}): {why}"
     items = [str(item.get("msg")) for item in result.get("results") or [] if item.get("failed")]
     return "; ".join(items) or str(result.get("msg") or "see above")

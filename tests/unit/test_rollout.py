@@ -226,6 +226,11 @@ def test_what_a_failed_task_says() -> None:
     assert rollout.failure_text({"msg": "a\nb"}) == "a\nb"
     gone = {"module_stdout": "", "module_stderr": "Shared connection to 192.0.2.1 closed.\r\n", "rc": 255}
     assert rollout.failure_text(gone).endswith("(exit status 255): the node went down, or killed it")
+    down = {
+        **gone,
+        "module_stderr": "FileNotFoundError: No such file: '/tmp/ansible_x_payload_1/ansible_x_payload.zip'",
+    }
+    assert rollout.failure_text(down).endswith("the node went down, or killed it")
     full = {"module_stdout": "", "module_stderr": "Traceback\nOSError: No space left on device\n", "rc": 1}
     assert rollout.failure_text(full).endswith("(exit status 1): OSError: No space left on device")
     assert (
