@@ -86,10 +86,15 @@ def report_merge(
     started: str,
     finished: str,
 ) -> dict[str, Any]:
-    """The report of a run, with the earlier entries of those nodes of the inventory that it left out."""
+    """The report of a run, with the earlier entries of those nodes of the inventory that it left out.
+
+    Without `nodes` it is the previous one, rendered again: of the time of that run.
+    """
     try:
         earlier = json.loads(previous)
         kept = dict(earlier["nodes"]) if earlier["schema"] == SCHEMA else {}
+        if kept and not nodes:
+            started, finished = earlier["started"], earlier["finished"]
     except (ValueError, KeyError, TypeError):
         kept = {}
     unseen = report_node({"reason": "the node has not been rolled out yet"})

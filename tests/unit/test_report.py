@@ -196,6 +196,8 @@ def test_merge_drops_nodes_that_left_the_inventory_and_survives_a_damaged_report
     merged = plugin.report_merge({"new": entry}, before, ["kept", "new"], "", "2026-07-01T11:00:00Z")
     assert list(merged["nodes"]) == ["kept", "new"]
     assert list(plugin.report_merge({"new": entry}, "{", ["new"], "", "x")["nodes"]) == ["new"]
+    again = plugin.report_merge({}, json.dumps({**merged, "started": "a", "finished": "b"}), ["kept", "new"], "", "x")
+    assert (again["started"], again["finished"], again["nodes"]) == ("a", "b", merged["nodes"])
 
 
 def test_endpoints_of_all_kinds() -> None:
