@@ -16,7 +16,7 @@ import click
 
 from glm_fleet import inventory as inventories
 from glm_fleet import journal, tables
-from glm_fleet.errors import Exit, UsageProblem
+from glm_fleet.errors import Exit, UsageProblem, one_line
 from glm_fleet.inventory import Inventory
 from glm_fleet.playbook import ROOT, Order, Outcome, Playbook, approve
 from glm_fleet.tables import Shown
@@ -49,7 +49,7 @@ class Group(click.Group):
             sys.exit(Exit.USAGE)
         except click.ClickException as problem:
             where = problem.ctx.command_path if isinstance(problem, click.UsageError) and problem.ctx else "glm-fleet"
-            fail(f"{' '.join(problem.format_message().split())} Try: {where} --help", Exit.USAGE)
+            fail(f"{one_line(problem.format_message())} Try: {where} --help", Exit.USAGE)
         except UsageProblem as problem:
             fail(str(problem), Exit.USAGE)
 
@@ -320,7 +320,7 @@ def extra_settings(texts: tuple[str, ...]) -> list[dict[str, Any] | Path]:
                 content = path.read_text(encoding="utf-8")
                 found = {} if content.startswith("$ANSIBLE_VAULT") else DataLoader().load(content, str(path))
             except (OSError, ValueError, AnsibleError) as problem:
-                raise UsageProblem(f"-e {text}: {' '.join(str(problem).split())}") from problem
+                raise UsageProblem(f"-e {text}: {one_line(problem)}") from problem
             if not isinstance(found, dict):
                 raise UsageProblem(f"-e {text}: the file holds no settings: write NAME: VALUE, one a line")
             parts.append(path)

@@ -19,3 +19,8 @@ class Exit(IntEnum):
 
 class UsageProblem(Exception):
     """Bad input, in one line: what is wrong, where, and what to set or run."""
+
+
+def one_line(said: object) -> str:
+    """What an error of several lines says."""
+    return " ".join(str(said).split())

@@ -9,7 +9,7 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm_fleet.errors import UsageProblem
+from glm_fleet.errors import UsageProblem, one_line
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def read(path: Path, vault_password_file: Path | None = None) -> Inventory:
         from ansible.parsing.dataloader import DataLoader
         from ansible.vars.manager import VariableManager
     except Exception as problem:
-        raise UsageProblem(f"Ansible's configuration cannot be read: {' '.join(str(problem).split())}") from problem
+        raise UsageProblem(f"Ansible's configuration cannot be read: {one_line(problem)}") from problem
 
     loader, said = DataLoader(), io.StringIO()
     try:
@@ -82,4 +82,4 @@ def read(path: Path, vault_password_file: Path | None = None) -> Inventory:
 def _cause(said: str, problem: Exception) -> str:
     """What the first parser that fits the file has against it, in one line."""
     found = re.search(r"<<< caused by >>>\s*(.*?)(?:\n\n|\Z)", said, re.S)
-    return " ".join((found[1] if found else str(problem)).split())
+    return one_line(found[1] if found else problem)

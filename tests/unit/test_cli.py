@@ -343,7 +343,7 @@ def test_a_report_takes_what_nodes_have_said_for_text(inventory: Path, tmp_path:
     assert said in (run.directory / "report.md").read_text(encoding="utf-8")
 
 
-def test_a_later_report_is_not_replaced(inventory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_report_is_not_replaced(inventory: Path, tmp_path: Path) -> None:
     (inventory / "group_vars").mkdir()
     name = f"unit-{os.getpid()}"
     (inventory / "group_vars/all.yml").write_text(f"report_inventory_name: {name}\n")
