@@ -33,7 +33,7 @@ def restarts(fleet: Fleet) -> int:
 FAULTS = {
     "accepts and never answers": (
         "kill -STOP $(pgrep VLLM::EngineCor)" if REAL else "docker exec glm-engine sh -c 'echo hang > /tmp/fault'",
-        r"no token for \d+ s, (nor one that was asked for|1 requests in work, 0 waiting)",
+        r"no token for \d+ s, (nor one that was asked for|1 requests in flight)",
     ),
     "frozen": ("docker pause glm-engine", r"its metrics have not answered for \d+ s"),
 }

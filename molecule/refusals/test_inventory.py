@@ -22,18 +22,42 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "unknown profile": (
         HOSTS,
         {"glm_profile": "fast"},
-        ["glm_profile: vllm has no profile fast: set one of long-context, recipe, reference, throughput"],
+        ["glm_profile: vllm has no profile fast: set one of agentic, long-context, recipe, reference, throughput"],
     ),
     "profile of the other engine": (
         HOSTS,
         {"glm_engine": "sglang", "glm_profile": "recipe"},
-        ["glm_profile: sglang has no profile recipe: set one of balanced, high-throughput, low-latency, reference"],
+        ["glm_profile: sglang has no profile recipe: set one of agentic, balanced, high-throughput, low-latency, "
+         "reference"],
     ),
     "SGLang without its metrics": (
         HOSTS,
         {"glm_engine": "sglang", "glm_engine_extra_args": {"--enable-metrics": False}},
         ["glm_engine_extra_args: sglang needs --enable-metrics: the requests in flight are counted by it: "
          "set it to true"],
+    ),
+    "code that requests bring": (
+        HOSTS,
+        {"glm_engine": "sglang", "glm_engine_extra_args": {"--enable-custom-logit-processor": True}},
+        ["glm_engine_extra_args: --enable-custom-logit-processor is refused: it runs the Python code that a request "
+         "brings: remove it"],
+    ),
+    "adapters that requests load": (
+        HOSTS,
+        {"glm_engine_extra_env": {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true"}},
+        ["glm_engine_extra_env: VLLM_ALLOW_RUNTIME_LORA_UPDATING is refused: a request may then load any adapter that "
+         "the container can read: remove it"],
+    ),
+    "a window of an odd number of blocks": (
+        HOSTS,
+        {"glm_engine_extra_args": {"--max-model-len": 131_000}},
+        ["glm_engine_extra_args: --max-model-len 131000 is an odd number of blocks of 64 tokens (2047), under which "
+         "vllm before 0.27 dies: set 131072"],
+    ),
+    "a loader that the engine lacks": (
+        HOSTS,
+        {"glm_engine": "sglang", "glm_weights_loader": "multithread"},
+        ["glm_weights_loader: sglang has no loader multithread: set one of default, fastsafetensors, instanttensor"],
     ),
     "misspelled setting": (
         HOSTS,

@@ -343,7 +343,7 @@ def end_of_life(c: Context) -> Iterator[Finding]:
         yield Finding(
             "driver_branch",
             f"NVIDIA no longer maintains the driver's branch (found {branch}, wanted a maintained one)",
-            "plan the move to branch 580",
+            "plan the move to branch 580: new releases of the engines come for CUDA 13 alone, which 570 does not run",
         )
 
 

@@ -15,7 +15,7 @@ from ansible.errors import AnsibleFilterError
 
 # Ansible loads a filter by its file and puts no folder of a project's own on the path.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "module_utils"))
-from findings import Finding
+from findings import GIB, Finding, versions
 
 UNIT = "glm-engine.service"
 Flags = list[list[str]]  # one list of words a flag
@@ -37,19 +37,53 @@ def context_findings(
 ) -> list[dict[str, str]]:
     """Whether the engine is asked for a longer context than the model's. `settings` is as for engine_flags."""
     flag, variable = engine["context"]["flag"], engine["context"]["longer_env"]
-    extra = {_canonical(engine, name): value for name, value in (settings.get("extra_args") or {}).items()}
-    chosen = {_canonical(engine, name): value for name, value in (profile.get("flags") or {}).items()}
-    length = tokens({**chosen, **extra}.get(flag))
+    value, where = _chosen(engine, profile, settings, flag)
+    length = tokens(value)
     environment = {**(profile.get("env") or {}), **(settings.get("extra_env") or {})}
     allowed = str(environment.get(variable, "")).lower() in ("1", "true")
     if not length or not model_length or length <= model_length or allowed:
         return []
-    where = "glm_engine_extra_args" if flag in extra else "the profile"
     return [
         Finding(
             "context_length",
             f"{where} asks for more context than the model has (found {flag} {length}, wanted at most {model_length})",
             f"set {flag} in glm_engine_extra_args, or {variable}=1 in glm_engine_extra_env to try it nevertheless",
+        ).as_dict()
+    ]
+
+
+def host_cache_findings(
+    engine: Mapping[str, Any], profile: Mapping[str, Any], settings: Mapping[str, Any], memory: int, gpus: int
+) -> list[dict[str, str]]:
+    """Whether the KV cache in the node's memory leaves half of it to the rest, such as the weights' page cache."""
+    flag, parts = engine["host_cache"]["flag"], gpus if engine["host_cache"]["of"] == "gpu" else 1
+    value, where = _chosen(engine, profile, settings, flag)
+    most = memory // 2 // GIB
+    if value in (None, False) or float(value) * parts <= most:
+        return []
+    each = f"{value} GiB" + (f" for each of {parts} GPUs" if parts > 1 else "")
+    return [
+        Finding(
+            "host_cache",
+            f"{where} wants more KV cache in the node's memory than half of it (found {flag} {each}, wanted at most "
+            f"{most} GiB in all)",
+            f"set {flag}: {most // parts} in glm_engine_extra_args, or false to keep none there",
+        ).as_dict()
+    ]
+
+
+def release_findings(engine: Mapping[str, Any], reference: str) -> list[dict[str, str]]:
+    """Whether the image's tag names a release that the engine's file was not written from."""
+    version, known = image_version(reference), engine["releases"]
+    first, last = versions(known["first"]), versions(known["last"])
+    if not version or (first <= version and version[: len(last)] <= last):
+        return []
+    return [
+        Finding(
+            "engine_release",
+            f"engines/{engine['name']}.yml was not written from this release of the engine (found {reference}, wanted "
+            f"{known['first']} to {known['last']})",
+            "try it on one node first: its flags, metrics and log may differ",
         ).as_dict()
     ]
 
@@ -76,6 +110,9 @@ def engine_problems(engine: Mapping[str, Any], profile: Mapping[str, Any], setti
         _flag_problems(engine, profile.get("flags") or {}, "the profile")
         + _flag_problems(engine, settings.get("extra_args") or {}, "glm_engine_extra_args")
         + _missing_flags(engine, profile, settings)
+        + _refused(engine, profile, settings)
+        + _odd_window(engine, profile, settings)
+        + _loader_problems(engine, settings)
         + _name_problems(names)
         + [
             f"glm_engine_extra_env: {name!r} is not a name of an environment variable"
@@ -93,8 +130,8 @@ def engine_problems(engine: Mapping[str, Any], profile: Mapping[str, Any], setti
 def engine_flags(engine: Mapping[str, Any], profile: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """The engine's arguments, in order.
 
-    `settings` holds model, served_model_names, host, port, shutdown_timeout and extra_args, whose flags replace the
-    profile's or are added; false takes one away.
+    `settings` holds model, served_model_names, host, port, shutdown_timeout, weights_loader and extra_args, whose flags
+    replace the profile's or are added; false takes one away.
     """
     return [word for words in _flags(engine, profile, settings) for word in words]
 
@@ -169,19 +206,45 @@ def _flags(engine: Mapping[str, Any], profile: Mapping[str, Any], settings: Mapp
     if problems:
         raise AnsibleFilterError("; ".join(problems))
     names = engine["flags"]
+    model = [names["model"], settings["model"]] if names["model"] else [settings["model"]]
     own = {
-        names["model"]: settings["model"],
         names["served_model_names"]: listed_names(settings["served_model_names"], engine),
         names["host"]: settings["host"],
         names["port"]: settings["port"],
     }
     if names.get("shutdown_timeout"):
         own[names["shutdown_timeout"]] = settings["shutdown_timeout"]
-    chosen = {_canonical(engine, flag): (flag, value) for flag, value in (profile.get("flags") or {}).items()}
-    for flag, value in (settings.get("extra_args") or {}).items():
-        chosen[_canonical(engine, flag)] = (flag, value)
+    chosen = {
+        _canonical(engine, flag): (flag, value)
+        for part in _parts(engine, profile, settings).values()
+        for flag, value in part.items()
+    }
     repeated = engine.get("repeated_flags") or []
-    return [words for flag, value in [*own.items(), *chosen.values()] for words in _words(str(flag), value, repeated)]
+    flags = [*own.items(), *chosen.values()]
+    return [model, *(words for flag, value in flags for words in _words(str(flag), value, repeated))]
+
+
+def _parts(
+    engine: Mapping[str, Any], profile: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Mapping[str, Any]]:
+    """The flags by where they are from; later ones win."""
+    return {
+        "the profile": profile.get("flags") or {},
+        "glm_weights_loader": (engine.get("loaders") or {}).get(settings.get("weights_loader"), {}),
+        "glm_engine_extra_args": settings.get("extra_args") or {},
+    }
+
+
+def _chosen(
+    engine: Mapping[str, Any], profile: Mapping[str, Any], settings: Mapping[str, Any], flag: str
+) -> tuple[Any, str]:
+    """A flag's value, and where it is from."""
+    value, where = None, "the profile"
+    for source, part in _parts(engine, profile, settings).items():
+        for name, given in part.items():
+            if _canonical(engine, name) == flag:
+                value, where = given, source
+    return value, where
 
 
 def _words(flag: str, value: Any, repeated: list[str]) -> Flags:
@@ -233,14 +296,54 @@ def _flag_problems(engine: Mapping[str, Any], flags: Mapping[str, Any], where: s
 
 def _missing_flags(engine: Mapping[str, Any], profile: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """Flags that the deployment needs and that the profile lacks, or that a user has taken away."""
-    chosen = {_canonical(engine, flag): value for flag, value in (profile.get("flags") or {}).items()}
-    extra = {_canonical(engine, flag): value for flag, value in (settings.get("extra_args") or {}).items()}
     problems = []
     for flag, reason in (engine.get("required_flags") or {}).items():
-        if {**chosen, **extra}.get(flag) in (None, False):
-            where = "glm_engine_extra_args" if flag in extra else "the profile"
+        value, where = _chosen(engine, profile, settings, flag)
+        if value in (None, False):
             problems.append(f"{where}: {engine['name']} needs {flag}: {reason}: set it to true")
     return problems
+
+
+def _refused(engine: Mapping[str, Any], profile: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """What would hand the node to whoever may send a request."""
+    problems = []
+    for flag, reason in (engine.get("refused_flags") or {}).items():
+        value, where = _chosen(engine, profile, settings, flag)
+        if value not in (None, False):
+            problems.append(f"{where}: {flag} is refused: {reason}: remove it")
+    environment = {**(profile.get("env") or {}), **(settings.get("extra_env") or {})}
+    for name, reason in (engine.get("refused_env") or {}).items():
+        if str(environment.get(name, "")).lower() in ("1", "true"):
+            problems.append(f"glm_engine_extra_env: {name} is refused: {reason}: remove it")
+    return problems
+
+
+def _odd_window(engine: Mapping[str, Any], profile: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    rule = engine["context"].get("even_blocks")
+    value, where = _chosen(engine, profile, settings, engine["context"]["flag"])
+    length, version = tokens(value), image_version(settings.get("image") or "")
+    if not rule or not length or (version and version >= versions(rule["fixed_in"])):
+        return []
+    blocks = -(-length // rule["size"])
+    if blocks % 2 == 0:
+        return []
+    return [
+        f"{where}: {engine['context']['flag']} {value} is an odd number of blocks of {rule['size']} tokens ({blocks}), "
+        f"under which {engine['name']} before {rule['fixed_in']} dies: set {(blocks + 1) * rule['size']}"
+    ]
+
+
+def _loader_problems(engine: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    loader, known = settings.get("weights_loader"), engine.get("loaders") or {}
+    if loader is None or loader in known:
+        return []
+    return [f"glm_weights_loader: {engine['name']} has no loader {loader}: set one of {', '.join(sorted(known))}"]
+
+
+def image_version(reference: str) -> tuple[int, ...]:
+    """The release that an image's tag names, such as (0, 33, 0); empty where it names none."""
+    match = re.search(r":v?(\d+(?:\.\d+)+)[^:/@]*(?:@.*)?$", reference)
+    return versions(match[1]) if match else ()
 
 
 def _name_problems(names: list[Any]) -> list[str]:
@@ -263,8 +366,10 @@ class FilterModule:
             "engine_flags": engine_flags,
             "engine_image": engine_image,
             "engine_problems": engine_problems,
+            "host_cache_findings": host_cache_findings,
             "listed_names": listed_names,
             "paths_under": paths_under,
+            "release_findings": release_findings,
             "release_id": release_id,
             "release_links": release_links,
             "release_plan": release_plan,

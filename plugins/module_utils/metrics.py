@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from ansible.module_utils.endpoint import Server, Wrong, need
 
 
+def series(text: str) -> Iterator[tuple[str, str, float]]:
+    """Name, labels and value of each sample."""
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            name, labels, rest = re.fullmatch(r"([^\s{]*)(\{.*\})?(.*)", line).groups("")  # type: ignore[union-attr]
+            yield name, labels, float(rest.split()[0])
+
+
 def samples(text: str) -> dict[str, float]:
     """Sum of each metric's samples; a family without a sample yet counts 0."""
-    sums: dict[str, float] = {}
-    for line in text.splitlines():
-        if line.startswith("# TYPE "):
-            sums.setdefault(line.split()[2], 0.0)
-        elif line and not line.startswith("#"):
-            name, _, value = re.sub(r"\{.*\}", "", line).partition(" ")
-            sums[name] = sums.get(name, 0.0) + float(value.split()[0])
+    sums = {line.split()[2]: 0.0 for line in text.splitlines() if line.startswith("# TYPE ")}
+    for name, _, value in series(text):
+        sums[name] = sums.get(name, 0.0) + value
     return sums
+
+
+def total(text: str, selector: str) -> float:
+    """Sum of a metric's samples, such as requests, or of those with a label, such as requests{method="POST"}."""
+    wanted, _, label = selector.rstrip("}").partition("{")
+    return sum(value for name, labels, value in series(text) if name == wanted and label in labels)
 
 
 def load(url: str, running: str, waiting: str, timeout: float = 10) -> dict[str, Any]:
@@ -27,5 +38,5 @@ def load(url: str, running: str, waiting: str, timeout: float = 10) -> dict[str,
         need(answer, 200)
     except Wrong:
         return {"running": None, "waiting": None}
-    sums = samples(answer.body.decode(errors="replace"))
-    return {"running": int(sums.get(running, 0)), "waiting": int(sums.get(waiting, 0))}
+    text = answer.body.decode(errors="replace")
+    return {"running": int(total(text, running)), "waiting": int(total(text, waiting))}

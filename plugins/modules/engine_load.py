@@ -13,7 +13,7 @@ description:
 options:
   url: {description: 'The engine, as the node reaches it.', type: str, required: true}
   running: {description: Metric of the requests in work., type: str, required: true}
-  waiting: {description: Metric of those that wait., type: str, required: true}
+  waiting: {description: Metric of those that wait; empty where C(running) has them too., type: str, default: ''}
   wait: {description: Seconds to wait until it has none., type: float, default: 0}
 attributes:
   check_mode: {support: full}
@@ -48,7 +48,7 @@ def main() -> None:
         argument_spec={
             "url": {"type": "str", "required": True},
             "running": {"type": "str", "required": True},
-            "waiting": {"type": "str", "required": True},
+            "waiting": {"type": "str", "default": ""},
             "wait": {"type": "float", "default": 0.0},
         },
         supports_check_mode=True,

@@ -13,7 +13,7 @@ options:
   base_dir: {description: Directory of the releases., type: path, default: /opt/glm}
   data_dir: {description: Directory of the state file., type: path, default: /var/lib/glm}
   metrics:
-    description: By engine, the names of its metrics C(running) and C(waiting).
+    description: By engine, the names of its metrics C(running) and, where it has one, C(waiting).
     type: dict
     default: {}
   socket: {description: HAProxy's socket., type: path, default: /run/haproxy/admin.sock}
@@ -90,7 +90,7 @@ def status(params: dict[str, Any]) -> dict[str, Any]:
     state = read_json(os.path.join(params["data_dir"], "state.json"))
     release = read_json(os.path.join(params["base_dir"], "current", "release.json"))
     names = params["metrics"].get(release.get("engine")) or {}
-    now = load(release["url"], names["running"], names["waiting"]) if names and release.get("url") else {}
+    now = load(release["url"], names["running"], names.get("waiting", "")) if names and release.get("url") else {}
     counts = [now.get("running"), now.get("waiting")]
     return {
         "phase": state.get("phase"),

@@ -324,6 +324,17 @@ def test_no_release(node: Node) -> None:
             "docker: Error response from daemon: could not select device driver",
         ),
         (["INFO 11-23 20:00:00 [x.py:1] almost done"], "almost done"),
+        (  # a warning is no reason, nor is a client's mistake
+            [
+                "INFO 11-26 13:03:52 [x.py:1] Loading weights took 0.18 seconds",
+                "(APIServer pid=574) WARNING 11-26 13:03:52 [system_utils.py:299] Found ulimit of 20000 and failed to "
+                "automatically increase with error current limit exceeds maximum limit. This can cause fd limit errors "
+                "like `OSError: [Errno 24] Too many open files`. Consider increasing with ulimit -n",
+                "(APIServer pid=574) ERROR 11-26 13:10:17 [serving.py:228] Error with model error=ErrorInfo(message="
+                "'The model `nope` does not exist.', type='NotFoundError', param='model', code=404)",
+            ],
+            "Loading weights took 0.18 seconds",
+        ),
         ([], "it printed nothing"),
     ],
 )
@@ -332,6 +343,23 @@ def test_explanation(node: Node, lines: list[str], explanation: str) -> None:
     log = engine_launch.Log(engine_launch.Release(str(node.release)))
     log.lines.extend(lines)
     assert log.explanation() == explanation
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["[2026-11-26 13:00:00] Received sigquit from a child process. It usually means the child failed."],
+         "137 (it killed itself) after"),
+        ([], "137 (killed: out of memory? see journalctl -k) after"),
+    ],
+)  # fmt: skip
+def test_an_engine_that_kills_itself_is_told_from_one_that_was_killed(node: Node, lines: list[str], said: str) -> None:
+    node.install("", **yaml.safe_load((ROOT / "engines/sglang.yml").read_text())["log"])
+    launch = engine_launch.Launch(engine_launch.Release(str(node.release)))
+    launch.log.lines.extend([*lines, "RuntimeError: no kernel"])
+    assert said in launch.ending(137)
+    assert launch.ending(137).endswith(": RuntimeError: no kernel")
+    assert "killed" not in launch.ending(1)
 
 
 PHASES: dict[str, list[tuple[str, Any]]] = {
@@ -349,7 +377,16 @@ PHASES: dict[str, list[tuple[str, Any]]] = {
             "(APIServer pid=1) INFO 11-23 20:00:00 [api_server.py:1] Starting vLLM server on http://127.0.0.1:8001",
             "starting the HTTP server",
         ),
-        ("DeepGEMM warmup:  12%|#", "compiling GEMM kernels, 12 %"),
+        ("DeepGEMM warmup:  12%|#", "compiling kernels, 12 %"),
+        ("JIT kernel warmup (412 compile keys):   3%|#", "compiling kernels, 3 %"),
+        ("INFO 11-23 20:00:00 [model_runner.py:399] Loading model from scratch...", "loading weights"),
+        ("Multi-thread loading shards:  40% Completed | 56/141", "loading weights, 40 %"),
+        ("Loading safetensors using Fastsafetensor loader:   9%|#", "loading weights, 9 %"),
+        ("Loading safetensors using InstantTensor loader:  71% Completed | 5/7", "loading weights, 71 %"),
+        ("INFO 11-23 20:00:00 [monitor.py:53] torch.compile took 31.67 s in total", "profiling memory"),
+        ("INFO 11-23 20:00:00 [gpu_model_runner.py:6612] Profiling CUDA graph memory: FULL=6", "profiling memory"),
+        ("Capturing prefill CUDA graphs (FULL):  50%|#", "capturing CUDA graphs, 50 %"),
+        ("INFO 11-23 20:00:00 [gpu_model_runner.py:6844] Graph capturing finished in 5 secs", "warming up"),
         ("INFO Compiling a graph for compile range (1, 8192) takes 9.1 s", "compiling"),
         ('INFO 127.0.0.1:1 - "GET /health HTTP/1.1" 200 OK', None),
     ],
@@ -357,7 +394,14 @@ PHASES: dict[str, list[tuple[str, Any]]] = {
         ("[2026-07-01 TP0] Load weight begin. avail mem=177.00 GB", "loading weights"),
         ("Multi-thread loading shards:  35% Completed | 49/141", "loading weights, 35 %"),
         ("[TP0] Capture cuda graph begin. This can take up to several minutes.", "capturing CUDA graphs"),
+        ("[TP0] Capture target decode CUDA graph begin. backend=full", "capturing CUDA graphs"),
+        ("[TP0] Capture draft decode cuda graph begin.", "capturing CUDA graphs"),
         ("Capturing batches (bs=64 avail_mem=20 GB):  10%|#", "capturing CUDA graphs, 10 %"),
+        ("[TP0] KV Cache is allocated. dtype: torch.float8_e4m3fn, #tokens: 1200000", "allocating the KV cache"),
+        ("[TP0] KV Cache VA upper bound. dtype: torch.float8_e4m3fn", "allocating the KV cache"),
+        ("[TP0] Post-capture KV sizing: KV cache allocated. dtype: x", "allocating the KV cache"),
+        ("[TP0] Entering DeepGEMM JIT Pre-Compile session. It may take a long time", "compiling kernels"),
+        ("DeepGEMM warmup:  12%|#", "compiling kernels, 12 %"),
     ],
 }
 

@@ -33,7 +33,8 @@ class Node:
 
     def __init__(self, directory: Path, engine: str = "vllm") -> None:
         self.directory = directory
-        self.names: dict[str, Any] = yaml.safe_load((ROOT / f"engines/{engine}.yml").read_text())["metrics"]
+        data = yaml.safe_load((ROOT / f"engines/{engine}.yml").read_text())
+        self.names: dict[str, Any] = data["metrics"]
         self.metrics: dict[str, float] | None = {}
         self.asked: list[dict[str, Any]] = []
         self.answers: int | None = 200  # of a request for a token; None for none at all
@@ -46,7 +47,8 @@ class Node:
                     return  # closes without an answer
                 self.send_response(200)
                 self.end_headers()
-                lines = [f'{name}{{engine="0"}} {value}' for name, value in node.metrics.items()]
+                lines = [name if "{" in name else f'{name}{{engine="0"}}' for name in node.metrics]
+                lines = [f"{line} {value}" for line, value in zip(lines, node.metrics.values(), strict=True)]
                 self.wfile.write(("# TYPE x counter\n" + "\n".join(lines) + "\n").encode())
 
             def do_POST(self) -> None:
@@ -73,6 +75,7 @@ class Node:
                     "id": "r1",
                     "url": f"http://127.0.0.1:{self.server.server_port}",
                     "metrics": self.names,
+                    "first_steps": data["first_steps"],
                     "served_model_names": ["m"],
                 },
             )
@@ -80,12 +83,17 @@ class Node:
         (directory / "data/state.json").write_text(json.dumps(STATE))
         self.unit()
 
-    def unit(self, active: str = "active", invocation: str = "one") -> None:
-        (self.directory / "unit").write_text(f"ActiveState={active}\nInvocationID={invocation}\n")
+    def unit(self, active: str = "active", invocation: str = "one", serves: float = 7200) -> None:
+        """`serves` is for how many seconds it has."""
+        begin = int((time.monotonic() - serves) * 1e6)
+        lines = [f"ActiveState={active}", f"InvocationID={invocation}", f"ActiveEnterTimestampMonotonic={begin}"]
+        (self.directory / "unit").write_text("\n".join(lines) + "\n")
 
     def works(self, running: int = 0, waiting: int = 0, **progress: float) -> None:
         """`progress` by the end of the metric's name."""
-        self.metrics = {self.names["running"]: running, self.names["waiting"]: waiting}
+        self.metrics = {self.names["running"]: running}
+        if "waiting" in self.names:
+            self.metrics[self.names["waiting"]] = waiting
         self.metrics |= {
             name: next((value for end, value in progress.items() if end in name), 7.0)
             for name in self.names["progress"]
@@ -131,7 +139,7 @@ def test_work_without_a_token_is_a_stall(node: Node, work: dict[str, int]) -> No
     done = node.look(AT_ONCE)
     assert done.returncode == 0
     assert node.restarts() == 1
-    said = f"no token for 0 s, {work.get('running', 0)} requests in work, {work.get('waiting', 0)} waiting"
+    said = "no token for 0 s, 1 requests in flight"
     assert done.stdout.startswith(f"<4>glm: the engine is stalled: {said}: restarting it (restart 1 of this kind)\n")
     assert (
         node.data("watchdog.json").items() >= {"restarts": 1, "release": "r1", "reason": said, "serves": True}.items()
@@ -244,7 +252,7 @@ def test_restarts_are_counted_and_one_that_fails_is_said_so(node: Node) -> None:
     done = node.look(AT_ONCE)
     assert done.returncode == 1
     assert "restart 2 of this kind" in done.stdout
-    assert "failed (no token for 0 s, 1 requests in work" in done.stdout and done.stdout.endswith("Job failed.\n")
+    assert "failed (no token for 0 s, 1 requests in flight" in done.stdout and done.stdout.endswith("Job failed.\n")
     assert node.data("watchdog.json")["restarts"] == 2
     assert node.data("watchdog.json")["serves"] is False
     assert "see journalctl -u glm-engine" in node.data("state.json")["reason"]
@@ -274,4 +282,29 @@ def test_sglang_counts_steps_not_ended_requests(tmp_path: Path) -> None:
         node.works(running=1, realtime_tokens=float(step))
         node.look(AT_ONCE if step else NEVER)
     assert node.restarts() == 0
+    node.server.shutdown()
+
+
+def test_sglang_has_the_time_to_compile_in_its_first_steps(tmp_path: Path) -> None:
+    """And no more, once its service is no longer young."""
+    node = Node(tmp_path, "sglang")
+    node.works(running=1)
+    for serves, restarts in ((60, 0), (7200, 1)):
+        node.unit(invocation=str(serves), serves=serves)
+        node.look(NEVER)
+        node.look(AT_ONCE)
+        assert node.restarts() == restarts
+    node.server.shutdown()
+
+
+def test_a_check_of_health_is_no_work(tmp_path: Path) -> None:
+    node = Node(tmp_path, "sglang")
+    node.works()
+    assert node.metrics is not None
+    node.metrics['sglang:http_requests_active{endpoint="/health",method="GET"}'] = 1
+    node.look(NEVER)
+    assert memory(node)["idle"] is True
+    node.metrics['sglang:http_requests_active{endpoint="/v1/messages",method="POST"}'] = 1
+    node.look(NEVER)
+    assert memory(node)["idle"] is False
     node.server.shutdown()

@@ -40,6 +40,19 @@ def test_engine(path: Path) -> None:
         assert set(re.compile(item["pattern"]).groupindex) == set(re.findall(r"{(\w+)}", item["phase"]))
     for pattern in engine["log"]["noise"]:
         re.compile(pattern)
+    for loader in engine["loaders"]:
+        settings = {**SETTINGS, "weights_loader": loader}
+        assert release.engine_problems(engine, load(ENGINES / path.stem / "profiles/reference.yml"), settings) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_engine_has_a_profile_for_agents_that_fits_a_b200_node(path: Path) -> None:
+    engine, profile = load(path), load(ENGINES / path.stem / "profiles/agentic.yml")
+    assert engine["host_cache"]["flag"] in profile["flags"]
+    assert (release.tokens(profile["flags"][engine["context"]["flag"]]) or 0) >= 131_072
+    assert release.host_cache_findings(engine, profile, {}, 2900 * 1024**3, 8) == []
+    [finding] = release.host_cache_findings(engine, profile, {}, 1000 * 1024**3, 8)
+    assert f"set {engine['host_cache']['flag']}: " in finding["line"]
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
@@ -52,10 +65,10 @@ def test_profile(path: Path) -> None:
 def test_the_reference_is_the_guides_command() -> None:
     flags = release.engine_flags(load(ENGINES / "vllm.yml"), load(ENGINES / "vllm/profiles/reference.yml"), SETTINGS)
     assert " ".join(flags) == (
-        "--model /models/zai-org/GLM-5.2-FP8 --served-model-name glm-5.2-fp8 --host 127.0.0.1 --port 8001 "
+        "/models/zai-org/GLM-5.2-FP8 --served-model-name glm-5.2-fp8 --host 127.0.0.1 --port 8001 "
         "--shutdown-timeout 120 --tensor-parallel-size 8 --trust-remote-code --kv-cache-dtype fp8 "
         "--tool-call-parser glm47 --reasoning-parser glm45 --enable-auto-tool-choice "
-        "--enable-prompt-tokens-details"
+        "--enable-prompt-tokens-details --disable-access-log-for-endpoints /health,/metrics"
     )
 
 

@@ -17,7 +17,16 @@ ENGINE: dict[str, Any] = {
         "shutdown_timeout": "--shutdown-timeout",
     },
     "listed_names": "all",
-    "context": {"flag": "--max-model-len", "longer_env": "VLLM_ALLOW_LONG_MAX_MODEL_LEN"},
+    "context": {
+        "flag": "--max-model-len",
+        "longer_env": "VLLM_ALLOW_LONG_MAX_MODEL_LEN",
+        "even_blocks": {"size": 64, "fixed_in": "0.27"},
+    },
+    "refused_flags": {"--enable-open-door": "anybody comes in"},
+    "refused_env": {"OPEN_DOOR": "anybody comes in"},
+    "releases": {"first": "0.23", "last": "0.33"},
+    "loaders": {"default": {}, "fast": {"--load-format": "fast", "--kv-cache-dtype": "bf16"}},
+    "host_cache": {"flag": "--kv-offloading-size", "of": "node"},
     "reserved": {"--port": "glm_engine_port"},
     "aliases": {"--tp": "--tensor-parallel-size", "-tp": "--tensor-parallel-size"},
     "repeated_flags": ["--middleware"],
@@ -118,7 +127,7 @@ def test_kinds_of_values() -> None:
             "glm_engine_extra_args: --tp and --tensor-parallel-size are the same flag: keep one of them",
         ),
         (
-            {"extra_args": {"--max_model_len": 1, "--max-model-len": 1}},
+            {"extra_args": {"--max_model_len": 128, "--max-model-len": 128}},
             "glm_engine_extra_args: --max_model_len and --max-model-len are the same flag: keep one of them",
         ),
         ({"extra_args": {"--port": 1}}, "glm_engine_extra_args: --port is not for here: set glm_engine_port"),
@@ -134,6 +143,28 @@ def test_kinds_of_values() -> None:
         (
             {"extra_env": {"A": "1\n2"}},
             "glm_engine_extra_env: the value of A holds a line break, which an environment file cannot",
+        ),
+        (
+            {"extra_args": {"--enable_open_door": True}},
+            "glm_engine_extra_args: --enable-open-door is refused: anybody comes in: remove it",
+        ),
+        (
+            {"extra_env": {"OPEN_DOOR": True}},
+            "glm_engine_extra_env: OPEN_DOOR is refused: anybody comes in: remove it",
+        ),
+        (
+            {"extra_args": {"--max-model-len": 200_000}},
+            "glm_engine_extra_args: --max-model-len 200000 is an odd number of blocks of 64 tokens (3125), under which "
+            "vllm before 0.27 dies: set 200064",
+        ),
+        (
+            {"extra_args": {"--max-model-len": "131k"}, "image": "vllm/vllm-openai:v0.26.0"},
+            "glm_engine_extra_args: --max-model-len 131k is an odd number of blocks of 64 tokens (2047), under which "
+            "vllm before 0.27 dies: set 131072",
+        ),
+        (
+            {"weights_loader": "slow"},
+            "glm_weights_loader: vllm has no loader slow: set one of default, fast",
         ),
     ],
 )
@@ -285,3 +316,75 @@ def test_tokens(text: Any, number: int | None) -> None:
 def test_listed_names() -> None:
     assert release.listed_names(["a", "b"], {"listed_names": "all"}) == ["a", "b"]
     assert release.listed_names(["a", "b"], {"listed_names": "first"}) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"extra_args": {"--max-model-len": 131_072}},
+        {"extra_args": {"--max-model-len": 1_048_576}},
+        {"extra_args": {"--max-model-len": 200_000}, "image": "vllm/vllm-openai:v0.33.0"},
+        {"extra_args": {"--enable-open-door": False}},
+        {"extra_env": {"OPEN_DOOR": "0"}},
+        {"weights_loader": "fast"},
+    ],
+)
+def test_what_is_not_refused(changes: dict[str, Any]) -> None:
+    assert problems(**changes) == []
+
+
+def test_the_model_is_positional_where_its_flag_is_deprecated() -> None:
+    engine = {**ENGINE, "flags": {**ENGINE["flags"], "model": ""}}
+    assert release.engine_flags(engine, PROFILE, settings())[:3] == ["/models/m", "--served-model-name", "glm"]
+
+
+def test_a_loader_adds_its_flags_and_a_user_has_the_last_word() -> None:
+    line = " ".join(flags(weights_loader="fast", extra_args={"--load-format": "auto"}))
+    assert line == "--tensor-parallel-size 8 --trust-remote-code --kv-cache-dtype bf16 --load-format auto"
+
+
+@pytest.mark.parametrize(
+    ("value", "of", "memory", "line"),
+    [
+        (None, "node", 1, None),
+        (False, "node", 1, None),
+        (1024, "node", 2900, None),
+        (128, "gpu", 2900, None),
+        (
+            1024,
+            "node",
+            512,
+            "host_cache: glm_engine_extra_args wants more KV cache in the node's memory than half of it (found "
+            "--kv-offloading-size 1024 GiB, wanted at most 256 GiB in all): set --kv-offloading-size: 256 in "
+            "glm_engine_extra_args, or false to keep none there",
+        ),
+        (
+            128,
+            "gpu",
+            512,
+            "host_cache: glm_engine_extra_args wants more KV cache in the node's memory than half of it (found "
+            "--kv-offloading-size 128 GiB for each of 8 GPUs, wanted at most 256 GiB in all): set "
+            "--kv-offloading-size: 32 in glm_engine_extra_args, or false to keep none there",
+        ),
+    ],
+)
+def test_kv_cache_in_the_nodes_memory(value: Any, of: str, memory: int, line: str | None) -> None:
+    engine = {**ENGINE, "host_cache": {"flag": "--kv-offloading-size", "of": of}}
+    chosen = {"extra_args": {"--kv-offloading-size": value}}
+    found = release.host_cache_findings(engine, PROFILE, chosen, memory * 1024**3, 8)
+    assert [finding["line"] for finding in found] == ([line] if line else [])
+
+
+@pytest.mark.parametrize(
+    ("image", "known"),
+    [
+        ("vllm/vllm-openai:glm52-cu129", True),
+        ("vllm/vllm-openai@sha256:" + "1" * 64, True),
+        ("registry:5000/vllm/vllm-openai:v0.33.2-cu130", True),
+        ("vllm/vllm-openai:v0.23.0", True),
+        ("vllm/vllm-openai:v0.34.0", False),
+        ("registry:5000/vllm/vllm-openai:v0.22.1@sha256:" + "1" * 64, False),
+    ],
+)
+def test_a_release_that_was_not_read_is_warned_of(image: str, known: bool) -> None:
+    assert [finding["id"] for finding in release.release_findings(ENGINE, image)] == [] if known else ["engine_release"]

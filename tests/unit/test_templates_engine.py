@@ -91,7 +91,7 @@ def test_run_is_the_docker_command(vllm: dict[str, str]) -> None:
     arguments = words(vllm["run"])
     image = arguments.index(f"vllm/vllm-openai@{DIGEST}")
     assert shlex.join(arguments[image + 1 :]).startswith(
-        "--model /models/zai-org/GLM-5.2-FP8 --served-model-name glm-5.2-fp8 --host 127.0.0.1 --port 8001 "
+        "/models/zai-org/GLM-5.2-FP8 --served-model-name glm-5.2-fp8 --host 127.0.0.1 --port 8001 "
     )
     docker = shlex.join(arguments[:image])
     assert docker.startswith("run --rm --init --name glm-engine --network host --ipc=host --device nvidia.com/gpu=all ")
@@ -106,7 +106,7 @@ def test_run_reads_as_one_flag_a_line(vllm: dict[str, str]) -> None:
     lines = vllm["run"].splitlines()
     assert lines[0] == "#!/bin/sh"
     assert "  --tensor-parallel-size 8 \\" in lines
-    assert lines[-1] == "  --enable-prompt-tokens-details"
+    assert lines[-1] == "  --disable-access-log-for-endpoints /health,/metrics"
     assert all(len(line) < 200 for line in lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import collections
 import contextlib
 import os
 import signal
@@ -67,6 +68,7 @@ class Server:
         self.ready = False
         self.draining = asyncio.Event()
         self.running = 0
+        self.active: collections.Counter[tuple[str, str]] = collections.Counter()  # as SGLang's middleware counts
         self.idle = asyncio.Event()
         self.idle.set()
         self.session: ClientSession
@@ -93,6 +95,8 @@ class Server:
         for name, other in METRICS.items():
             text = text.replace(name, other)
         kept = [line for line in text.splitlines() if "sglang:" in line]
+        for (endpoint, method), count in self.active.items():
+            kept.append(f'sglang:http_requests_active{{endpoint="{endpoint}",method="{method}"}} {count:.1f}')
         return web.Response(text="\n".join(kept) + "\n", content_type="text/plain")
 
     async def forward(self, request: web.Request) -> web.StreamResponse:
@@ -107,6 +111,7 @@ class Server:
                     parsed["model"] = self.name  # any name is answered
                     body = web.json_response(parsed).body
         self.running += 1
+        self.active[request.path, request.method] += 1
         self.idle.clear()
         try:
             async with self.session.request(
@@ -121,6 +126,7 @@ class Server:
                 return response
         finally:
             self.running -= 1
+            self.active[request.path, request.method] -= 1
             if not self.running:
                 self.idle.set()
 
