@@ -96,9 +96,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     ),
     "reserved and doubled flags": (
         HOSTS,
-        {"glm_engine_extra_args": {"--port": 9, "--tp": 4, "--tensor-parallel-size": 8, "max": 1}},
+        {"glm_engine_extra_args": {"--port": 9, "-tp": 4, "--tensor-parallel-size": 8, "max": 1}},
         ["glm_engine_extra_args: --port is not for here: set glm_engine_port",
-         "glm_engine_extra_args: --tp and --tensor-parallel-size are the same flag: keep one of them",
+         "glm_engine_extra_args: -tp and --tensor-parallel-size are the same flag: keep one of them",
          "glm_engine_extra_args: 'max' is not a flag: write it as --name"],
     ),
     "served names that are empty and doubled": (

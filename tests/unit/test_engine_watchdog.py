@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import re
 import subprocess
 import threading
 import time
@@ -139,8 +140,11 @@ def test_work_without_a_token_is_a_stall(node: Node, work: dict[str, int]) -> No
     done = node.look(AT_ONCE)
     assert done.returncode == 0
     assert node.restarts() == 1
-    said = "no token for 0 s, 1 requests in flight"
-    assert done.stdout.startswith(f"<4>glm: the engine is stalled: {said}: restarting it (restart 1 of this kind)\n")
+    head = re.match(
+        r"<4>glm: the engine is stalled: (no token for \d s, 1 requests in flight): restarting it", done.stdout
+    )
+    assert head and "(restart 1 of this kind)" in done.stdout
+    said = head[1]
     assert (
         node.data("watchdog.json").items() >= {"restarts": 1, "release": "r1", "reason": said, "serves": True}.items()
     )
@@ -252,7 +256,7 @@ def test_restarts_are_counted_and_one_that_fails_is_said_so(node: Node) -> None:
     done = node.look(AT_ONCE)
     assert done.returncode == 1
     assert "restart 2 of this kind" in done.stdout
-    assert "failed (no token for 0 s, 1 requests in flight" in done.stdout and done.stdout.endswith("Job failed.\n")
+    assert re.search(r"failed \(no token for \d s, 1 requests in flight\): .*Job failed\.\n$", done.stdout)
     assert node.data("watchdog.json")["restarts"] == 2
     assert node.data("watchdog.json")["serves"] is False
     assert "see journalctl -u glm-engine" in node.data("state.json")["reason"]
