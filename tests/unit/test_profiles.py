@@ -79,7 +79,7 @@ def test_the_reference_of_sglang_is_the_guides_command() -> None:
     assert " ".join(flags) == (
         "--model-path /models/zai-org/GLM-5.2-FP8 --served-model-name glm-5.2-fp8 --host 127.0.0.1 --port 8001 "
         "--tp 8 --trust-remote-code --mem-fraction-static 0.85 --tool-call-parser glm47 --reasoning-parser glm45 "
-        "--enable-metrics"
+        "--enable-cache-report --enable-metrics"
     )
 
 

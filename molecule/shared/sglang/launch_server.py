@@ -20,6 +20,7 @@ METRICS = {
     "vllm:num_requests_waiting": "sglang:num_queue_reqs",
     "vllm:generation_tokens": "sglang:generation_tokens",
     "vllm:prompt_tokens": "sglang:prompt_tokens",
+    "vllm:prefix_cache_hits": "sglang:cached_tokens",
     "vllm:iteration_tokens_total_sum": "sglang:realtime_tokens_total",
 }
 # Flags that vLLM takes under the same name, besides those that are named below.
@@ -41,6 +42,8 @@ def vllm_command(args: argparse.Namespace, port: int) -> list[str]:
     for name in PASSED:
         if getattr(args, name):
             command += [f"--{name.replace('_', '-')}", getattr(args, name)]
+    if args.enable_cache_report:
+        command.append("--enable-prompt-tokens-details")
     if args.context_length:
         command += ["--max-model-len", str(args.context_length)]
     return [*command, "--trust-remote-code"]
@@ -94,7 +97,9 @@ class Server:
             text = await answer.text()
         for name, other in METRICS.items():
             text = text.replace(name, other)
-        kept = [line for line in text.splitlines() if "sglang:" in line]
+        lines = (line for line in text.splitlines() if "sglang:" in line)
+        # SGLang shows this counter from the first hit on.
+        kept = [line for line in lines if "sglang:cached_tokens" not in line or not line.endswith(" 0.0")]
         for (endpoint, method), count in self.active.items():
             kept.append(f'sglang:http_requests_active{{endpoint="{endpoint}",method="{method}"}} {count:.1f}')
         return web.Response(text="\n".join(kept) + "\n", content_type="text/plain")
