@@ -86,6 +86,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"glm_port": 8001},
         ["glm_port: 8001 is the engine port too: set glm_port or glm_engine_port to another port"],
     ),
+    "the port after the engine's": (
+        HOSTS,
+        {"glm_port": 8002},
+        ["glm_port: 8002 is the port after glm_engine_port, which the engine needs too: set another one"],
+    ),
     "all of these at once": (
         SAME,
         {"glm_engine": "vlm", "glm_benchmrk": "none", "glm_port": 9000, "glm_engine_port": 9000},

@@ -48,13 +48,18 @@ def stop(*_):
     end(0)
 signal.signal(signal.SIGTERM, stop)
 class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        open(here + "/asked", "a").write(json.dumps(body) + "\\n")
+        while os.path.exists(here + "/compiles"): time.sleep(0.05)
+        self.send_response(200); self.end_headers()
     def do_GET(self):
         self.send_response(200); self.end_headers()
         if self.path == "/v1/models":
             self.wfile.write(json.dumps({{"data": [{{"id": "{served}"}}]}}).encode())
     def log_message(self, *_): pass
 def serve():
-    server = http.server.HTTPServer(("127.0.0.1", {port}), Handler)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", {port}), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
 def end(code):
     with contextlib.suppress(FileNotFoundError): os.unlink(here + "/container")
@@ -183,6 +188,79 @@ serve(); time.sleep(60)""")
     node.launch()
     told = node.wait_for("READY=1")
     assert told.index("STATUS=loading weights") < told.index("STATUS=loading weights, 50 %") < told.index("READY=1")
+
+
+class Agent:
+    """What the edge hears on a release's agent port."""
+
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+
+    def says(self) -> str:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
+                return connection.makefile().read()
+        except OSError:
+            return ""
+
+    def wait_for(self, text: str) -> None:
+        end = time.monotonic() + 20
+        while (said := self.says()) != text:
+            assert time.monotonic() < end, f"the agent never said {text!r}, last {said!r}"
+            time.sleep(0.05)
+
+
+def test_an_engine_is_warm_before_the_edge_may_use_it(node: Node) -> None:
+    agent = Agent()
+    node.install("time.sleep(1); serve(); time.sleep(60)", warm_up_timeout=60, agent_port=agent.port)
+    (node.directory / "compiles").touch()
+    process = node.launch()
+    agent.wait_for("down #starting the container\n")
+    told = node.wait_for("STATUS=warming up: a short prompt")
+    agent.wait_for("down #warming up: a short prompt\n")
+    assert "READY=1" not in told
+    (node.directory / "compiles").unlink()
+    node.wait_for("READY=1")
+    agent.wait_for("up\n")
+    asked = [json.loads(line) for line in (node.directory / "asked").read_text().splitlines()]
+    assert [bool(body.get("stream")) for body in asked].count(True) == 1
+    assert any("tools" in body for body in asked)
+    assert max(len(body["messages"][0]["content"].split()) for body in asked) >= 8000
+    assert {body["model"] for body in asked} == {"glm"}
+    (node.directory / "container").write_text("running")
+    process.send_signal(signal.SIGTERM)
+    assert node.end()[0] == 0
+    assert agent.says() == ""
+
+
+def test_an_engine_that_does_not_get_warm_serves_all_the_same(node: Node) -> None:
+    agent = Agent()
+    node.install("serve(); time.sleep(60)", warm_up_timeout=3, agent_port=agent.port)
+    (node.directory / "compiles").touch()
+    process = node.launch()
+    node.wait_for("READY=1")
+    agent.wait_for("up\n")
+    process.send_signal(signal.SIGTERM)
+    code, output, _ = node.end()
+    assert code == 0
+    assert "engine-launch: warming up: a short prompt: 3.0 s, timed out" in output
+    assert "engine-launch: not warm after 3 s: it serves" in output
+
+
+def test_a_taken_agent_port_keeps_no_engine_from_serving(node: Node) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        node.install("serve(); time.sleep(60)", agent_port=port)
+        process = node.launch()
+        node.wait_for("READY=1")
+        process.send_signal(signal.SIGTERM)
+        code, output, _ = node.end()
+    assert code == 0
+    assert f"engine-launch: port {port} cannot be opened (Address already in use): the edge does not wait" in output
 
 
 def test_an_engine_that_exits_at_once(node: Node) -> None:

@@ -8,6 +8,7 @@ import http.client
 import json
 import shutil
 import socket
+import socketserver
 import ssl
 import subprocess
 import threading
@@ -408,6 +409,51 @@ def test_a_node_out_of_rotation_takes_the_checks_of_a_rollout_alone(edge: Edge) 
     assert edge.ask("/v1/models", {"x-api-key": KEY, **unrotated})[0] == 200
     assert edge.ask("/v1/models", unrotated)[0] == 401
     assert "x-glm-unrotated" not in edge.engine.asked()[-1][2]
+
+
+class Agent(socketserver.ThreadingTCPServer):
+    """Answers HAProxy's agent-check, as engine-launch does."""
+
+    daemon_threads = True
+    says = b"down #warming up\n"
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), AgentHandler)
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+
+class AgentHandler(socketserver.StreamRequestHandler):
+    server: Agent
+
+    def handle(self) -> None:
+        self.wfile.write(self.server.says)
+
+
+def test_an_engine_that_is_not_warm_takes_the_checks_of_a_rollout_alone(start: Callable[..., Edge]) -> None:
+    with Agent() as agent, Engine() as engine:
+        node = {"name": "node0", "address": "127.0.0.1", "port": engine.server_port}
+        edge = start(engines=0, gateway_servers=[{**node, "agent_port": agent.server_address[1]}])
+        wait_until(lambda: edge.ask("/health")[0] == 503, "the agent's word")
+        assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 503
+        unrotated = {"X-Glm-Unrotated": "1"}
+        wait_until(lambda: edge.ask("/health", unrotated)[0] == 200, "the engine to be up")
+        assert edge.reload() is None
+        wait_until(lambda: edge.ask("/health")[0] == 503, "the new worker to ask the agent")
+        agent.says = b"up\n"
+        wait_until(lambda: edge.ask("/health")[0] == 200, "the agent's word")
+        assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 200
+        agent.shutdown()
+        engine.shutdown()
+
+
+def test_without_an_agent_the_health_alone_counts(start: Callable[..., Edge]) -> None:
+    """An engine of an older release has none."""
+    with Engine() as engine:
+        node = {"name": "node0", "address": "127.0.0.1", "port": engine.server_port, "agent_port": free_port()}
+        edge = start(engines=0, gateway_servers=[node])
+        wait_until(lambda: "L4CON" in edge.admin("show stat"), "a check by the agent")
+        assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 200
+        engine.shutdown()
 
 
 def test_a_gateway_asks_another_node_where_one_has_no_engine(start: Callable[..., Edge]) -> None:
