@@ -59,7 +59,8 @@ def host_cache_findings(
     flag, parts = engine["host_cache"]["flag"], gpus if engine["host_cache"]["of"] == "gpu" else 1
     value, where = _chosen(engine, profile, settings, flag)
     most = memory // 2 // GIB
-    if value in (None, False) or float(value) * parts <= most:
+    size = re.fullmatch(r"\d+(\.\d+)?", str(value))  # the engine's own parser refuses anything else
+    if not size or float(size[0]) * parts <= most:
         return []
     each = f"{value} GiB" + (f" for each of {parts} GPUs" if parts > 1 else "")
     return [

@@ -35,13 +35,11 @@ def options(words: list[str]) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("engine", GUIDE)
-def test_the_reference_is_the_guides_command_and_each_difference_is_told(engine: str) -> None:
+def plan(**settings: str) -> list[str]:
+    """The lines that plan.yml prints."""
+    extra = [word for name, value in settings.items() for word in ("-e", f"{name}={value}")]
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "ansible", "playbook", "playbooks/plan.yml"),
-            *("-i", "inventory/lambda", "-e", f"glm_engine={engine}"),
-        ],
+        [sys.executable, "-m", "ansible", "playbook", "playbooks/plan.yml", "-i", "inventory/lambda", *extra],
         cwd=ROOT,
         env={**os.environ, "ANSIBLE_NOCOLOR": "1"},
         capture_output=True,
@@ -50,7 +48,12 @@ def test_the_reference_is_the_guides_command_and_each_difference_is_told(engine:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line.strip() for line in done.stdout.splitlines()]
+    return [line.strip() for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("engine", GUIDE)
+def test_the_reference_is_the_guides_command_and_each_difference_is_told(engine: str) -> None:
+    lines = plan(glm_engine=engine)
     differences = [line for line in lines if line.startswith("differs from the guide: ")]
     told = {word.strip(".,:;") for word in " ".join(differences).split()}
     begin = next(number for number, line in enumerate(lines) if line.startswith("exec docker run"))
@@ -62,3 +65,11 @@ def test_the_reference_is_the_guides_command_and_each_difference_is_told(engine:
     added = options(ours[ours.index("--log-opt") :]) - options(theirs)
     silent = {option for option in missing | added if option.split()[0] not in told | {"--log-opt"}}
     assert silent == set()
+
+
+@pytest.mark.parametrize("allowed", ["true", "false"])
+def test_cuda_compatibility_is_set_in_the_image_too(allowed: str) -> None:
+    lines = plan(glm_allow_cuda_compat=allowed, glm_profile="agentic", glm_weights_loader="multithread")
+    assert ("VLLM_ENABLE_CUDA_COMPATIBILITY=1" in lines) == (allowed == "true")
+    assert "--kv-offloading-size 1024 \\" in lines
+    assert """--model-loader-extra-config '{"enable_multithread_load": true}'""" in lines
