@@ -60,6 +60,9 @@ GONE = {
     "set glm_image to one that it has",
     "weights": r"the hub at http://198\.18\.66\.2:8081 answers 503 \(Service Unavailable\) for revision 1{40} of "
     r"zai-org/GLM-5\.2-FP8: try again later, or set glm_hf_endpoint",
+    "host_cache": r"glm_engine_extra_args wants more KV cache in the node's memory than half of it \(found "
+    r"--kv-offloading-size 100000 GiB, wanted at most \d+ GiB in all\): set --kv-offloading-size: \d+ in "
+    "glm_engine_extra_args, or false to keep none there",
 }
 WANTED = {"unfit machine": UNFIT, "driver upgraded": UPGRADED, "pinned": PINNED, "gone": GONE}
 
@@ -105,7 +108,10 @@ def break_it(scenario: str, node: Node, faults: ExitStack) -> dict[str, Any]:
     if scenario == "pinned":
         return {"glm_image": f"vllm/vllm-openai:light@{NO_SUCH_DIGEST}", "glm_model_revision": "3" * 40}
     faults.enter_context(node.hub(api=503))
-    return {"glm_image": f"vllm/vllm-openai@{NO_SUCH_DIGEST}"}
+    return {
+        "glm_image": f"vllm/vllm-openai@{NO_SUCH_DIGEST}",
+        "glm_engine_extra_args": {"--kv-offloading-size": 100_000},
+    }
 
 
 @pytest.fixture(scope="module")
