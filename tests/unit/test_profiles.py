@@ -46,13 +46,21 @@ def test_engine(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_engine_has_a_profile_for_agents_that_fits_a_b200_node(path: Path) -> None:
+def test_every_engine_has_a_profile_for_agents(path: Path) -> None:
     engine, profile = load(path), load(ENGINES / path.stem / "profiles/agentic.yml")
-    assert engine["host_cache"]["flag"] in profile["flags"]
     assert (release.tokens(profile["flags"][engine["context"]["flag"]]) or 0) >= 131_072
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_kv_cache_in_the_memory_of_a_b200_node(path: Path) -> None:
+    engine = load(path)
+    profile = load(ENGINES / path.stem / "profiles/agentic.yml")
+    flag = engine["host_cache"]["flag"]
     assert release.host_cache_findings(engine, profile, {}, 2900 * 1024**3, 8) == []
-    [finding] = release.host_cache_findings(engine, profile, {}, 1000 * 1024**3, 8)
-    assert f"set {engine['host_cache']['flag']}: " in finding["line"]
+    settings = {"extra_args": {flag: 1024 if engine["host_cache"]["of"] == "node" else 128}}
+    assert release.host_cache_findings(engine, profile, settings, 2900 * 1024**3, 8) == []
+    [finding] = release.host_cache_findings(engine, profile, settings, 1000 * 1024**3, 8)
+    assert f"set {flag}: {500 if engine['host_cache']['of'] == 'node' else 62} in" in finding["line"]
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
