@@ -133,6 +133,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"glm_auth": "key"},
         ["value of glm_auth must be one of: keys, none, got: key"],
     ),
+    "driver branch that is not known": (
+        HOSTS,
+        {"glm_driver_branch": 595},
+        ["value of glm_driver_branch must be one of: 570, 580, got: 595"],
+    ),
 }  # fmt: skip
 
 

@@ -490,3 +490,37 @@ PHASES: dict[str, list[tuple[str, Any]]] = {
 def test_phases_of_the_engines_own_lines(node: Node, engine: str, line: str, phase: str | None) -> None:
     node.install("", **yaml.safe_load((ROOT / f"engines/{engine}.yml").read_text())["log"])
     assert engine_launch.Log(engine_launch.Release(str(node.release))).phase_of(line) == phase
+
+
+# Lines of vLLM 0.26.0 that started on a GPU, with caches.
+START = """\
+(EngineCore pid=2008) INFO 11-26 13:11:26 [gpu_model_runner.py:5250] Starting to load model /tmp/tiny...
+Loading safetensors checkpoint shards:  20% Completed | 1/5 [00:00<00:00,  8.77it/s]
+(EngineCore pid=2008) INFO 11-26 13:11:27 [default_loader.py:430] Loading weights took 0.20 seconds
+(EngineCore pid=2008) INFO 11-26 13:11:31 [backends.py:1094] Using cache directory: \
+/root/.cache/vllm/torch_compile_cache/fafa8000e7/rank_0_0/backbone for vLLM's torch.compile
+(EngineCore pid=2008) INFO 11-26 13:11:39 [monitor.py:53] torch.compile took 5.55 s in total
+(EngineCore pid=2008) INFO 11-26 13:11:41 [gpu_model_runner.py:6612] Profiling CUDA graph memory: \
+PIECEWISE=6 (largest=32), FULL=6 (largest=32)
+(EngineCore pid=2008) INFO 11-26 13:11:43 [gpu_worker.py:560] Available KV cache memory: 70.32 GiB
+Capturing CUDA graphs (mixed prefill-decode, PIECEWISE):  67%|██████▋   | 4/6 [00:00<00:00, 35.46it/s]
+(EngineCore pid=2008) INFO 11-26 13:11:45 [gpu_model_runner.py:6844] Graph capturing finished in 2 secs, took 0.10 GiB
+(APIServer pid=1921) INFO 11-26 13:11:47 [api_server.py:677] Starting vLLM server on http://127.0.0.1:8001
+"""
+
+
+def test_the_phases_of_a_start_on_a_gpu(node: Node) -> None:
+    node.install("")
+    log = engine_launch.Log(engine_launch.Release(str(node.release)))
+    assert [log.phase_of(line) for line in START.splitlines()] == [
+        "loading weights",
+        "loading weights, 20 %",
+        "weights loaded",
+        "compiling",
+        "profiling memory",
+        "profiling memory",
+        "allocating the KV cache",
+        "capturing CUDA graphs, 67 %",
+        "warming up",
+        "starting the HTTP server",
+    ]
