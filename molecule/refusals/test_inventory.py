@@ -57,7 +57,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "a loader that the engine lacks": (
         HOSTS,
         {"glm_engine": "sglang", "glm_weights_loader": "multithread"},
-        ["glm_weights_loader: sglang has no loader multithread: set one of default, fastsafetensors, instanttensor"],
+        ["glm_weights_loader: sglang has no loader multithread: set one of default, fastsafetensors"],
     ),
     "misspelled setting": (
         HOSTS,
