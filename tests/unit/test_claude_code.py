@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ PLAY = """
       clients_auth: none
       clients_directory: {directory}
 """
-# How the three settings are left out.
+# What makes the client keep to the window.
 UNSET = ("CLAUDE_CODE_MAX_CONTEXT_TOKENS", "CLAUDE_CODE_MAX_OUTPUT_TOKENS", "CLAUDE_CODE_AUTO_COMPACT_WINDOW")
 
 
@@ -111,9 +111,10 @@ class Handler(BaseHTTPRequestHandler):
             code = "".join(letter for letter in text if letter.isdigit())
             delta = {"type": "text_delta", "text": code if text.startswith("The code of") else said}
         usage = {"input_tokens": tokens, "output_tokens": 1}
-        message = {"id": "msg_1", "type": "message", "role": "assistant", "model": body["model"], "content": []}
+        # The client takes two answers with one id for one.
+        message = {"id": str(uuid.uuid4()), "type": "message", "role": "assistant", "model": body["model"]}
         reason = "tool_use" if block["type"] == "tool_use" else "end_turn"
-        yield {"type": "message_start", "message": {**message, "stop_reason": None, "usage": usage}}
+        yield {"type": "message_start", "message": {**message, "content": [], "stop_reason": None, "usage": usage}}
         yield {"type": "content_block_start", "index": 0, "content_block": block}
         yield {"type": "content_block_delta", "index": 0, "delta": delta}
         yield {"type": "content_block_stop", "index": 0}
@@ -147,27 +148,38 @@ def settings(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def hold(endpoint: Endpoint, given: dict[str, str], folder: Path, characters: int) -> list[dict[str, Any]]:
-    """The answers of a session of eight turns, each as long as that."""
+def hold(
+    endpoint: Endpoint, given: dict[str, str], folder: Path, lengths: list[int], until: Callable[[], bool]
+) -> list[str]:
+    """The answers of a session with turns of these lengths in characters."""
     endpoint.asked.clear()
     session = str(uuid.uuid4())
-    text = ("Keep this text in mind. " * (characters // 24)) + "Reply exactly: ok"
-    first = claude_code.ask(given, folder, text, "--session-id", session)
-    return [first, *(claude_code.ask(given, folder, text, "--resume", session) for _ in range(7))]
+    answers: list[str] = []
+    for length in lengths:
+        text = ("Keep this text in mind. " * (length // 24)) + "Reply exactly: ok"
+        option = "--resume" if answers else "--session-id"
+        answers.append(claude_code.ask(given, folder, text, option, session)["result"])
+        if until():
+            break
+    return answers
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "characters"), [(49152, 6_000), (131072, 45_000)], indirect=["endpoint"], ids=["least", "recipe"]
+    ("endpoint", "lengths"),
+    [(49152, [6_000] * 9), (131072, [*[45_000] * 3, *[12_000] * 12])],  # the latter: close to the edge in small steps
+    indirect=["endpoint"],
+    ids=["least", "recipe"],
 )
-def test_a_session_longer_than_the_window_compacts(endpoint: Endpoint, characters: int, tmp_path: Path) -> None:
+def test_a_session_longer_than_the_window_compacts(endpoint: Endpoint, lengths: list[int], tmp_path: Path) -> None:
     write(endpoint, tmp_path)
     given = settings(tmp_path)
-    answers = hold(endpoint, given, tmp_path, characters)
-    assert [answer["result"] for answer in answers] == ["ok"] * 8
+    answers = hold(endpoint, given, tmp_path, lengths, until=lambda: endpoint.summaries > 0)
     assert endpoint.count(refused=True) == 0
-    assert endpoint.summaries > 0
-    # What the settings are for: without them the endpoint refuses requests of the same session.
-    hold(endpoint, {name: value for name, value in given.items() if name not in UNSET}, tmp_path, characters)
+    assert endpoint.summaries == 1
+    assert set(answers) == {"ok"}
+    # What the settings are for: without them the endpoint refuses requests of such a session.
+    without = {name: value for name, value in given.items() if name not in UNSET}
+    hold(endpoint, without, tmp_path, lengths[:1] * 9, until=lambda: endpoint.count(refused=True) > 0)
     assert endpoint.count(refused=True) > 0
 
 
