@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -108,8 +109,8 @@ class Handler(BaseHTTPRequestHandler):
         else:
             block = {"type": "text", "text": ""}
             said = "<summary>Much was said.</summary>" if "Respond with TEXT ONLY" in text else "ok"
-            code = "".join(letter for letter in text if letter.isdigit())
-            delta = {"type": "text_delta", "text": code if text.startswith("The code of") else said}
+            result = re.fullmatch(call["fact"].format(code="([0-9]+)"), text)
+            delta = {"type": "text_delta", "text": call["expect"].format(code=result[1]) if result else said}
         usage = {"input_tokens": tokens, "output_tokens": 1}
         # The client takes two answers with one id for one.
         message = {"id": str(uuid.uuid4()), "type": "message", "role": "assistant", "model": body["model"]}
@@ -191,7 +192,7 @@ def test_what_it_asks_for(endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.asked.clear()
     (tmp_path / "note.txt").write_text(QUESTIONS["agent_tool"]["fact"].format(code=4711))
     answer = claude_code.ask(given, tmp_path, QUESTIONS["agent_tool"]["prompt"], "--effort", "low")
-    assert (answer["result"], answer["num_turns"]) == ("4711", 2)
+    assert (answer["result"], answer["num_turns"]) == (QUESTIONS["agent_tool"]["expect"].format(code=4711), 2)
     assert [(body["max_tokens"], body["output_config"]) for _, body in endpoint.asked] == [
         (32000, {"effort": "high"})
     ] * 2

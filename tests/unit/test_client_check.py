@@ -30,7 +30,8 @@ class Endpoint(ThreadingHTTPServer):
         self.refuse: Callable[[dict[str, Any]], int] = lambda body: 0
         self.change: Callable[[list[Any]], list[Any]] = lambda events: events
         self.text = "ok"
-        self.arguments = ['{"command": "ca', 't note.txt"}']
+        text = json.dumps(QUESTIONS["agent_tool"]["expect_calls"][0]["arguments"])
+        self.arguments = [text[:9], text[9:]]
         self.cached: int | None = 40
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -73,7 +74,8 @@ class Handler(BaseHTTPRequestHandler):
         else:
             block = {"type": "text", "text": ""}
             code = re.search(r"[0-9]+", last["content"]) if last["type"] == "tool_result" else None
-            deltas = [{"type": "text_delta", "text": code[0] if code else self.server.text}]
+            text = QUESTIONS["agent_tool"]["expect"].format(code=code[0]) if code else self.server.text
+            deltas = [{"type": "text_delta", "text": text}]
         return [
             {"type": "message_start", "message": {"usage": {"input_tokens": 15, "output_tokens": 0, **cached}}},
             {"type": "content_block_start", "index": 0, "content_block": {"type": "thinking", "thinking": ""}},
@@ -137,16 +139,34 @@ def test_claude_code(endpoint: Endpoint) -> None:
     assert [turn["role"] for turn in result["messages"]] == ["user", "assistant", "user"]
     assert result["messages"][0] == ask["messages"][0]
     assert [block["type"] for block in result["messages"][1]["content"]] == ["tool_use"]
-    assert result["messages"][1]["content"][0]["input"] == {"command": "cat note.txt"}
+    assert result["messages"][1]["content"][0]["input"]["command"] == "cat note.txt"
     assert result["messages"][2]["content"][0]["tool_use_id"] == "call-1"
 
 
-@pytest.mark.parametrize("arguments", [[], ['{"command": "cat other.txt"}'], ['{"command": "ca']])
-def test_claude_code_with_other_arguments_of_the_call(endpoint: Endpoint, arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "detail"),
+    [
+        ([], "called Bash with {}"),
+        (['{"commnd": "cat note.txt"}'], "called Bash with {'commnd': 'cat note.txt'}"),
+        (['{"command": "ca'], "unexpected shape"),
+    ],
+)
+def test_claude_code_with_other_arguments_of_the_call(endpoint: Endpoint, arguments: list[str], detail: str) -> None:
     endpoint.arguments = arguments
     result = attempt(endpoint, "claude_code")
-    assert not result["ok"]
-    assert "called [{'name': 'Bash'" in result["detail"] or "unexpected shape" in result["detail"]
+    assert not result["ok"] and detail in result["detail"]
+
+
+def test_claude_code_that_calls_no_tool(endpoint: Endpoint) -> None:
+    endpoint.change = lambda events: [
+        event for event in events if "tool_use" not in str(event) and "json" not in str(event)
+    ]
+    assert "called no tool, but answered ''" in attempt(endpoint, "claude_code")["detail"]
+
+
+def test_claude_code_that_does_not_read_the_result(endpoint: Endpoint) -> None:
+    endpoint.change = lambda events: json.loads(re.sub("[0-9]{4}", "0", json.dumps(events)))
+    assert "answered 'code-0' to the tool's result, which says 'code-" in attempt(endpoint, "claude_code")["detail"]
 
 
 def test_every_model_is_asked_once(endpoint: Endpoint) -> None:
