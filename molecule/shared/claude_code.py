@@ -25,8 +25,9 @@ def program() -> str:
 
 
 def sourced(path: Path) -> dict[str, str]:
-    """What a shell has after it has read the file."""
-    text = subprocess.run(["/bin/sh", "-c", f". '{path}' && env -0"], capture_output=True, text=True, check=True).stdout
+    """What a shell without an environment has after it has read the file."""
+    command = ["/bin/sh", "-c", f". '{path}' && env -0"]
+    text = subprocess.run(command, env={}, capture_output=True, text=True, check=True).stdout
     return dict(line.split("=", 1) for line in text.split("\0") if line)
 
 

@@ -142,11 +142,7 @@ def write(endpoint: Endpoint, tmp_path: Path) -> str:
 
 
 def settings(tmp_path: Path) -> dict[str, str]:
-    return {
-        name: value
-        for name, value in claude_code.sourced(tmp_path / "clients/claude-code.env").items()
-        if name.startswith(("ANTHROPIC_", "CLAUDE_CODE_"))
-    }
+    return claude_code.sourced(tmp_path / "clients/claude-code.env")
 
 
 def hold(
