@@ -10,16 +10,17 @@ short_description: Send what a client sends, with that client's own settings
 description:
   - Takes each client's settings by the names of its environment variables, and makes the requests of that client with
     them, from where the module runs.
-  - C(claude_code) holds a conversation of two turns through C(/v1/messages), streamed, with a long system prompt and
-    a tool, and counts its tokens. Each model of the settings is asked.
+  - C(claude_code) holds a conversation through C(/v1/messages), streamed, with a system prompt as long as Claude
+    Code's, a tool and the thinking, effort and answer length of the settings. It has two turns with an answer and one
+    in which the tool is called; then its tokens are counted. Each model of the settings is asked.
   - C(openai) asks for one streamed chat completion.
   - A client that is not served is a result, not a failure of the module. Changes nothing.
 options:
   clients:
     description:
       - What to try, by a name of the caller's choice. C(kind) is V(claude_code) or V(openai); C(environment) holds
-        C(ANTHROPIC_BASE_URL), C(ANTHROPIC_API_KEY) and the C(ANTHROPIC_..._MODEL) ones, or C(OPENAI_BASE_URL),
-        C(OPENAI_API_KEY) and C(OPENAI_MODEL).
+        C(ANTHROPIC_BASE_URL), C(ANTHROPIC_API_KEY), the C(ANTHROPIC_..._MODEL) ones, C(CLAUDE_CODE_MAX_OUTPUT_TOKENS)
+        and C(CLAUDE_CODE_EFFORT_LEVEL), or C(OPENAI_BASE_URL), C(OPENAI_API_KEY) and C(OPENAI_MODEL).
     type: dict
     required: true
   questions:
@@ -57,8 +58,10 @@ clients:
 """
 
 import concurrent.futures
+import json
 import re
 import secrets
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -113,8 +116,24 @@ class OpenAI(Client):
         return {"detail": f"{model} answered {text.strip()!r}", "cached_tokens": None}
 
 
+@dataclass
+class Answer:
+    """A streamed turn of the model: its blocks without the thinking, the text in them, and what it says it cost."""
+
+    content: list[dict[str, Any]] = field(default_factory=list)
+    usage: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        return "".join(block["text"] for block in self.content if block["type"] == "text").strip()
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        return [block for block in self.content if block["type"] == "tool_use"]
+
+
 class ClaudeCode(Client):
-    """Two turns of a conversation through /v1/messages."""
+    """Two turns of a conversation through /v1/messages, and one with a call of a tool."""
 
     question_name = "agent"
 
@@ -123,24 +142,25 @@ class ClaudeCode(Client):
         # A mark that is new on each run, so that the first turn is in no cache yet.
         sentences = [self.question["system"]] * self.question["repeat"]
         self.system_text = " ".join([f"[{secrets.token_hex(4)}]", *sentences])
-        tool = self.question["tool"]
-        self.tool = {"name": tool["name"], "description": tool["description"], "input_schema": tool["parameters"]}
+        self.with_call: dict[str, Any] = params["questions"]["agent_tool"]
+        self.code = f"{secrets.randbelow(9000) + 1000}"
 
     def run(self) -> dict[str, Any]:
         names = [name for name in self.environment if name.startswith("ANTHROPIC_") and name.endswith("_MODEL")]
         model, *others = dict.fromkeys(self.environment[name] for name in names)
-        turns = [self.turn("user", self.question["prompt"])]
-        text, _ = self.ask(model, turns)
-        turns += [self.turn("assistant", text), self.turn("user", self.question["prompt"])]
-        _, usage = self.ask(model, turns)
+        turns = [self.turn("user", [self.text(self.question["prompt"])])]
+        turns += [self.turn("assistant", self.reply(model, turns).content), *turns]
+        usage = self.reply(model, turns).usage
+        self.call(model)
         count = self.messages("/count_tokens", self.body(model, turns)).json()["input_tokens"]
         for other in others:
-            self.ask(other, turns[:1])
+            self.reply(other, turns[:1])
         cached = usage.get("cache_read_input_tokens")
         prompt = usage["input_tokens"] + (cached or 0)
         told = "cached tokens are not reported" if cached is None else f"{cached} of them from the prefix cache"
         return {
-            "detail": f"{model} answered 2 turns; {prompt} prompt tokens in the second, {told}; {count} counted",
+            "detail": f"{model} answered 2 turns and called a tool in a third; {prompt} prompt tokens in the second, "
+            f"{told}; {count} counted",
             "cached_tokens": cached,
         }
 
@@ -148,35 +168,81 @@ class ClaudeCode(Client):
     def text(text: str) -> dict[str, Any]:
         return {"type": "text", "text": text, "cache_control": {"type": "ephemeral"}}
 
-    def turn(self, role: str, text: str) -> dict[str, Any]:
-        return {"role": role, "content": [self.text(text)]}
+    @staticmethod
+    def turn(role: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"role": role, "content": content}
 
     def body(self, model: str, turns: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"model": model, "system": [self.text(self.system_text)], "messages": turns, "tools": [self.tool]}
+        tools = [
+            {"name": tool["name"], "description": tool["description"], "input_schema": tool["parameters"]}
+            for tool in self.question["tools"]
+        ]
+        return {"model": model, "system": [self.text(self.system_text)], "messages": turns, "tools": tools}
 
     def messages(self, path: str, body: dict[str, Any]) -> Response:
         key = {"x-api-key": self.environment["ANTHROPIC_API_KEY"], "anthropic-version": "2023-06-01"}
         base = self.environment["ANTHROPIC_BASE_URL"].rstrip("/")
         return self.post(base, f"/v1/messages{path}?beta=true", body, key)
 
-    def ask(self, model: str, turns: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
-        """The text of a streamed turn, and its usage."""
-        answer = self.messages("", {**self.body(model, turns), "max_tokens": 2048, "temperature": 0, "stream": True})
-        text, usage, kinds = "", {}, []
-        for _, event in answer.events():
+    def reply(self, model: str, turns: list[dict[str, Any]]) -> Answer:
+        """The expected answer to the last turn."""
+        answer = self.ask(model, turns)
+        self.expect(answer.text)
+        return answer
+
+    def call(self, model: str) -> None:
+        """Turns with calls of a tool, and an answer that names what only their results say."""
+        turns = [self.turn("user", [self.text(self.with_call["prompt"])])]
+        result = self.with_call["fact"].format(code=self.code)
+        required = {tool["name"]: set(tool["parameters"].get("required", [])) for tool in self.question["tools"]}
+        for _ in range(4):  # a model may look around first
+            answer = self.ask(model, turns)
+            if not answer.calls:
+                break
+            for call in answer.calls:
+                if call["name"] not in required or not required[call["name"]] <= set(call["input"]):
+                    raise Wrong(f"called {shorten(str(call['name']))} with {shorten(str(call['input']))}")
+            results = [{"type": "tool_result", "tool_use_id": call["id"], "content": result} for call in answer.calls]
+            turns += [self.turn("assistant", answer.content), self.turn("user", results)]
+        if len(turns) == 1:
+            raise Wrong(f"called no tool, but answered {shorten(answer.text)!r}")
+        if self.code not in answer.text:
+            raise Wrong(f"answered {shorten(answer.text)!r} to the tool's result, which says {result!r}")
+
+    def ask(self, model: str, turns: list[dict[str, Any]]) -> Answer:
+        wanted = {
+            "max_tokens": int(self.environment["CLAUDE_CODE_MAX_OUTPUT_TOKENS"]),
+            "thinking": {"type": "adaptive"},
+            "output_config": {"effort": self.environment["CLAUDE_CODE_EFFORT_LEVEL"]},
+            "stream": True,
+            "temperature": 0,
+        }
+        stream = self.messages("", {**self.body(model, turns), **wanted})
+        answer, kinds = Answer(), []
+        blocks: dict[int, dict[str, Any]] = {}
+        arguments: dict[int, str] = {}
+        for _, event in stream.events():
             kinds.append(event["type"])
             if event["type"] == "error":
                 raise Wrong(shorten(str(event["error"])))
             if event["type"] == "message_start":
-                usage.update(event["message"]["usage"])
+                answer.usage.update(event["message"]["usage"])
             elif event["type"] == "message_delta":
-                usage.update({name: value for name, value in event["usage"].items() if value is not None})
+                answer.usage.update({name: value for name, value in event["usage"].items() if value is not None})
+            elif event["type"] == "content_block_start":
+                blocks[event["index"]] = event["content_block"]
             elif event["type"] == "content_block_delta":
-                text += event["delta"].get("text") or ""
+                index, delta = event["index"], event["delta"]
+                if delta["type"] == "text_delta":
+                    blocks[index]["text"] += delta["text"]
+                elif delta["type"] == "input_json_delta":
+                    arguments[index] = arguments.get(index, "") + delta["partial_json"]
         if kinds[:1] != ["message_start"] or kinds[-1] != "message_stop":
             raise Wrong(f"the stream goes from {(kinds or ['nothing'])[0]} to {(kinds or ['nothing'])[-1]}")
-        self.expect(text)
-        return text.strip(), usage
+        for index, text in arguments.items():
+            blocks[index]["input"] = json.loads(text)
+        answer.content = [block for block in blocks.values() if block["type"] in ("text", "tool_use")]
+        return answer
 
 
 KINDS: dict[str, type[OpenAI | ClaudeCode]] = {"openai": OpenAI, "claude_code": ClaudeCode}

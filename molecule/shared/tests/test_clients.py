@@ -1,9 +1,10 @@
-"""The clients' files, as playbooks/clients.yml writes them, and the real SDKs of OpenAI and Anthropic with them."""
+"""The clients' files, as playbooks/clients.yml writes them, with the real SDKs and the real Claude Code."""
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import stat
 import subprocess
 import sys
@@ -11,15 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
+import claude_code
 import openai
 import pytest
 import yaml
+from claude_code import sourced
 from testbed import ROOT, Play
 from testinfra.host import Host
 
 INVENTORY = Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"]) / "inventory"
 QUESTIONS: dict[str, Any] = yaml.safe_load((ROOT / "roles/verify/files/questions.yml").read_text())
-EXACT, SUM, COUNT, WEATHER = (QUESTIONS[name] for name in ("exact_reply", "sum", "streaming", "tool_call"))
+EXACT, SUM, COUNT, WEATHER, AGENT = (
+    QUESTIONS[name] for name in ("exact_reply", "sum", "streaming", "tool_call", "agent_tool")
+)
 NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
 MODES = {
     "claude-code.env": 0o600,
@@ -46,12 +51,6 @@ def files(run: str, node: str) -> Path:
 @pytest.fixture(scope="module")
 def engine(host: Host) -> str:
     return str(json.loads(host.file("/opt/glm/current/release.json").content_string)["engine"])
-
-
-def sourced(path: Path) -> dict[str, str]:
-    """What a shell has after it has read the file."""
-    text = subprocess.run(["/bin/sh", "-c", f". '{path}' && env -0"], capture_output=True, text=True, check=True).stdout
-    return dict(line.split("=", 1) for line in text.split("\0") if line)
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +89,25 @@ def test_claude_code_is_told_what_either_engine_needs(files: Path) -> None:
     assert settings["ANTHROPIC_DEFAULT_HAIKU_MODEL"] == settings["ANTHROPIC_MODEL"]
 
 
+def test_the_real_claude_code_answers(files: Path, tmp_path: Path) -> None:
+    answer = claude_code.ask(sourced(files / "claude-code.env"), tmp_path, EXACT["prompt"])
+    assert (answer["result"].strip(), answer["num_turns"]) == (EXACT["expect"], 1)
+
+
+def test_the_real_claude_code_calls_a_tool(files: Path, tmp_path: Path) -> None:
+    code = f"{secrets.randbelow(9000) + 1000}"
+    (tmp_path / "note.txt").write_text(AGENT["fact"].format(code=code))
+    answer = claude_code.ask(sourced(files / "claude-code.env"), tmp_path, AGENT["prompt"])
+    assert (answer["result"].strip(), answer["num_turns"]) == (AGENT["expect"].format(code=code), 2)
+
+
 def test_the_second_turn_of_claude_code_comes_from_the_cache(run: str, engine: str) -> None:
     line = next(line for line in run.splitlines() if "claude-code: " in line)
     if engine == "vllm":
         prompt, cached = (int(line.split(mark)[0].split()[-1]) for mark in (" prompt tokens", " of them from the"))
         assert prompt / 2 < cached < prompt
     else:
-        assert "answered 2 turns" in line
+        assert "answered 2 turns and called a tool" in line
 
 
 def test_curl(files: Path) -> None:
@@ -158,13 +169,14 @@ def test_openai_tools(gpt: openai.OpenAI, model: str) -> None:
     answer = gpt.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": WEATHER["prompt"]}],
-        tools=[{"type": "function", "function": WEATHER["tool"]}],
+        tools=[{"type": "function", "function": tool} for tool in WEATHER["tools"]],
         tool_choice="auto",
         extra_body=NO_THINKING,
         temperature=0,
     )
     calls = answer.choices[0].message.tool_calls or []
-    assert [json.loads(call.function.arguments) for call in calls] == [WEATHER["expect_arguments"]]
+    called = [{"name": call.function.name, "arguments": json.loads(call.function.arguments)} for call in calls]
+    assert called == WEATHER["expect_calls"]
     assert answer.choices[0].finish_reason == "tool_calls"
 
 
@@ -208,16 +220,18 @@ def test_anthropic_stream(claude: anthropic.Anthropic, model: str) -> None:
 
 
 def test_anthropic_tools(claude: anthropic.Anthropic, model: str) -> None:
-    tool = WEATHER["tool"]
     message = claude.messages.create(
         model=model,
         max_tokens=512,
         messages=[{"role": "user", "content": WEATHER["prompt"]}],
-        tools=[{"name": tool["name"], "description": tool["description"], "input_schema": tool["parameters"]}],
+        tools=[
+            {"name": tool["name"], "description": tool["description"], "input_schema": tool["parameters"]}
+            for tool in WEATHER["tools"]
+        ],
         extra_body={"temperature": 0},
     )
     calls = [block for block in message.content if block.type == "tool_use"]
-    assert [(call.name, call.input) for call in calls] == [(tool["name"], WEATHER["expect_arguments"])]
+    assert [{"name": call.name, "arguments": call.input} for call in calls] == WEATHER["expect_calls"]
     assert message.stop_reason == "tool_use"
 
 
