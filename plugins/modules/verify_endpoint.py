@@ -604,7 +604,8 @@ def expect_calls(
 
     seen, wanted = sorted(map(line, calls)), sorted(map(line, question["expect_calls"]))
     if seen != wanted:
-        raise Wrong(f"{len(calls)} tool calls {', '.join(seen)}, text {shorten(text)!r}, wanted {', '.join(wanted)}")
+        told = "".join(f", {call}" for call in seen)
+        raise Wrong(f"{len(calls)} tool calls{told}, text {shorten(text)!r}, wanted {', '.join(wanted)}")
     if len({call["id"] for call in calls if call["id"]}) != len(calls):
         raise Wrong(f"{', '.join(seen)}, with the ids {', '.join(repr(call['id']) for call in calls)}")
     if finish != wanted_finish:

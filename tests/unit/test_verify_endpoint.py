@@ -426,7 +426,7 @@ def chat(name: str) -> Callable[[dict[str, Any]], bool]:
 
 CONTENT_AT = ("choices", 0, "message", "content")
 TOOL_AT = ("choices", 0, "message", "tool_calls")
-CALL = {"id": "1", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
+CALL: dict[str, Any] = {"id": "1", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
 
 
 def unstreamed(request: dict[str, Any]) -> bool:
@@ -512,7 +512,7 @@ MUTATIONS: dict[str, tuple[Callable[[Node], None], set[str], str]] = {
             CHAT + TOOLS, in_calls(lambda part: part["function"].update(arguments=part["function"]["arguments"][:5]))
         ),
         {"tool_call_stream"},
-        "1 tool calls get_weather({",
+        "1 tool calls, get_weather({",
     ),
     "streamed call without a name": (
         events(CHAT + TOOLS, in_calls(lambda part: part["function"].pop("name", None))),
