@@ -142,7 +142,12 @@ def _fetch(name: str, what: str, *wanted: str) -> Path:
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", *kind]
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         done = subprocess.run(
-            [*command, "-d", scratch, *wanted], capture_output=True, text=True, timeout=PATIENCE, env=environment
+            [*command, "-d", scratch, *wanted],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            env=environment,
+            check=False,
         )
         if done.returncode != 0:
             raise RuntimeError(f"pip download {what}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")

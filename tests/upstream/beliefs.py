@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import fnmatch
 import functools
+import gc
 import importlib.machinery
 import importlib.util
 import re
@@ -46,8 +47,9 @@ class Answer:
         return f"{self.release}: {self.belief.kind} {self.belief.name}: {self.outcome}: {self.detail}"
 
 
-def data(path: Path) -> Any:
-    return yaml.safe_load(path.read_text())
+def data(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(path.read_text())
+    return content
 
 
 def relative(path: Path) -> str:
@@ -273,7 +275,7 @@ class Release:
         base, _, key = name.partition(".")
         flag = self.parser.flag(base)
         if flag is None:
-            raise Missing(CLI[self.engine](self.package))
+            raise Missing(some(self.parser.files))
         if key:
             config = "".join(part.capitalize() for part in base.strip("-").split("-"))
             path = readers.config_file(self.package, config)
@@ -287,7 +289,7 @@ class Release:
         short, long = name.split(" = ")
         flag = self.parser.flag(short)
         if flag is None or flag != self.parser.flag(long):
-            raise Missing(CLI[self.engine](self.package))
+            raise Missing(some(self.parser.files))
         return flag.where
 
     def _value(self, name: str) -> readers.Found | str:
@@ -342,18 +344,18 @@ class Release:
     def _benchmark_option(self, name: str) -> readers.Found:
         flag = self.client_parser.flag(name)
         if flag is None:
-            raise Missing(", ".join(self.client_files))
+            raise Missing(some(self.client_files))
         return flag.where
 
     def _benchmark_value(self, name: str) -> readers.Found:
         option, value = name.split(" ", 1)
         flag = self.client_parser.flag(option)
         if flag is None or (flag.choices is not None and value not in flag.choices):
-            raise Missing(", ".join(self.client_files))
+            raise Missing(some(self.client_files))
         return flag.where
 
     def _benchmark_figure(self, name: str) -> readers.Found:
-        return found(readers.result_field(self.package, self.client_files, name), ", ".join(self.client_files))
+        return found(readers.result_field(self.package, self.client_files, name), some(self.client_files))
 
     def _import(self, name: str) -> readers.Found:
         """A name that parse.py takes of the first module that has it."""
@@ -377,6 +379,14 @@ class Judged:
 
 
 def judge(package: Package, beside: list[Package], beliefs: list[Belief] | None = None) -> Judged:
+    gc.disable()  # it would look through the syntax trees again and again, for a third of the time
+    try:
+        return _judge(package, beside, beliefs)
+    finally:
+        gc.enable()
+
+
+def _judge(package: Package, beside: list[Package], beliefs: list[Belief] | None) -> Judged:
     release = Release(package, beside)
     answers = [release.answer(belief) for belief in beliefs or all_beliefs(package.name)]
     parts = [part for item in release.log.phases for part in alternatives(item["pattern"])]
@@ -407,7 +417,9 @@ def found(where: readers.Found | None, read: str) -> readers.Found:
     return where
 
 
-CLI = {"vllm": readers.vllm_cli, "sglang": lambda package: package.first("sglang/srt/server_args.py")}
+def some(files: list[str]) -> str:
+    """The first few, and how many more."""
+    return ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
 
 def project_log(engine: str) -> Any:

@@ -30,9 +30,11 @@ def main() -> int:
     for engine in beliefs.ENGINES:
         fetched = archives.newest(engine)
         newest = (engine, str(fetched.version))
+        all_judged = []
         for pin in [*(pin for pin in pins if pin[0] == engine and pin != newest), newest]:
             print(f"upstream · reading {' '.join(pin)}", flush=True)
             judged = beliefs.judge(fetched if pin == newest else archives.pinned(*pin), beside)
+            all_judged.append(judged)
             bad = [answer for answer in judged.answers if answer.outcome in ("missing", "unread")]
             notes += [f"- {answer} ({answer.belief.origin})" for answer in bad]
             if pin == newest:
@@ -43,6 +45,9 @@ def main() -> int:
             }
             name = f"{judged.release}, the newest" if pin == newest else judged.release
             rows.append(f"| {name} | {len(judged.answers)} | " + " | ".join(map(str, count.values())) + " |")
+        notes += [
+            f"- {engine}: no release writes the line of `{part}`" for part in beliefs.never_logged(engine, all_judged)
+        ]
     table = ["| release | beliefs | found | explained | missing | not readable |", "|---|---|---|---|---|---|", *rows]
     reasons = [f"- {_name(entry)}: {entry['why']}" for entry in beliefs.EXTRA["explained"]]
     parts = [HEAD, f"Read on {today}:\n", *table, "\n## Missing\n", *(notes or ["Nothing."])]

@@ -48,9 +48,7 @@ class Flag:
 
 def called(node: ast.AST) -> str:
     """The last part of what is called: add_argument of parser.add_argument(...)."""
-    if not isinstance(node, ast.Call):
-        return ""
-    return {ast.Name: lambda f: f.id, ast.Attribute: lambda f: f.attr}.get(type(node.func), lambda _: "")(node.func)
+    return called_name(node.func) if isinstance(node, ast.Call) else ""
 
 
 def keyword(call: ast.Call, name: str) -> ast.expr | None:
@@ -99,7 +97,7 @@ def assigned(tree: ast.Module, name: str) -> ast.expr | None:
     return None
 
 
-def choices_of(tree: ast.Module, node: ast.expr | None, depth: int = 0) -> frozenset[str] | None:
+def choices_of(tree: ast.Module, node: ast.expr | None, depth: int = 0) -> frozenset[str] | None:  # noqa: PLR0911  (a shape each)
     """The values of a Literal or a list, through the module's names for them; None where any is taken."""
     if node is None or depth > 8:
         return None
@@ -110,7 +108,9 @@ def choices_of(tree: ast.Module, node: ast.expr | None, depth: int = 0) -> froze
             else choices_of(tree, assigned(tree, node.id), depth + 1)
         )
     if isinstance(node, ast.BinOp):
-        sides = [choices_of(tree, side, depth + 1) for side in (node.left, node.right) if not _is_none(side)]
+        # `Literal[...] | str` is checked at the start: the names that the engine knows are those of the Literal.
+        plain = [side for side in (node.left, node.right) if not _is_none(side) and called_name(side) != "str"]
+        sides = [choices_of(tree, side, depth + 1) for side in plain] or [None]
         return None if any(side is None for side in sides) else frozenset().union(*(s for s in sides if s))
     if isinstance(node, ast.Subscript) and called_name(node.value) in ("Optional", "Annotated", "A", "SkipValidation"):
         inner = node.slice.elts[0] if isinstance(node.slice, ast.Tuple) else node.slice
@@ -130,7 +130,8 @@ def choices_of(tree: ast.Module, node: ast.expr | None, depth: int = 0) -> froze
 
 
 def called_name(node: ast.AST) -> str:
-    return getattr(node, "id", None) or getattr(node, "attr", "")
+    """The last part of a name."""
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 
 
 def _is_none(node: ast.AST) -> bool:
@@ -258,8 +259,11 @@ class Parser:
     def __init__(self, flags: Iterable[Flag]) -> None:
         self._parser = Strict(add_help=False, conflict_handler="resolve")
         self._by_dest: dict[str, Flag] = {}
+        self.files: list[str] = []
         for number, flag in enumerate(flags):
             self._by_dest[f"flag{number}"] = flag
+            if flag.where.path not in self.files:
+                self.files.append(flag.where.path)
             self._parser.add_argument(*flag.names, dest=f"flag{number}", nargs="?", const="-")
 
     def flag(self, name: str) -> Flag | None:
@@ -428,7 +432,7 @@ def _texts(nodes: list[ast.AST]) -> dict[str, list[ast.expr]]:
     return found
 
 
-def _said(node: ast.expr | None, texts: dict[str, list[ast.expr]], depth: int = 0) -> list[str]:
+def _said(node: ast.expr | None, texts: dict[str, list[ast.expr]], depth: int = 0) -> list[str]:  # noqa: PLR0911  (a shape each)
     """The texts that an expression may be, with 7 for each value; empty where it is no text."""
     if node is None or depth > 3:
         return []
@@ -488,13 +492,13 @@ def result_field(package: Package, files: list[str], name: str) -> Found | None:
             elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
                 keys = [node.slice]
             for key in keys:
-                if literal(key) == name:
-                    return Found(path, node.lineno)
+                if key is not None and literal(key) == name:
+                    return Found(path, key.lineno)
                 if isinstance(key, ast.JoinedStr):
                     form = "".join(re.escape(literal(part) or "") or "(.+)" for part in key.values)
                     match = re.fullmatch(form, name)
                     if match and any(part in known for part in match.groups()):
-                        return Found(path, node.lineno)
+                        return Found(path, key.lineno)
     return None
 
 
