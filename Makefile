@@ -73,6 +73,10 @@ unit: venv programs ## Unit tests
 test: venv engine programs ## Everything that proves the project on one machine
 	@tests/run
 
+.PHONY: upstream
+upstream: venv ## Look into the newest vLLM and SGLang for all that is believed of them, and write docs/upstream.md
+	@tests/upstream/newest.py
+
 .PHONY: refusals
 refusals: venv engine ## Bad input and faults on one node: each refused in one line, or undone
 	@tests/run refusals

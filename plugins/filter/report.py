@@ -61,7 +61,8 @@ def report_node(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings.get("down"):
         entry["down"] = True
     entry["outage_s"] = None if outage in (None, "") else round(float(outage), 1)
-    entry.update(reason=reason, checks=checks, benchmark=benchmark)
+    entry.update(reason=reason, notes=[str(note) for note in settings.get("notes") or []])
+    entry.update(checks=checks, benchmark=benchmark)
     return entry
 
 
@@ -143,6 +144,17 @@ def report_outages(nodes: Mapping[str, Mapping[str, Any]], names: Sequence[str])
         seconds = [nodes[name]["outage_s"] for name in others]
         return [*lines, f"{len(others)} nodes did not serve for {min(seconds):,.1f} to {max(seconds):,.1f} s each"]
     return lines + [f"{name} did not serve for {report_outage(nodes[name])}" for name in others]
+
+
+def report_notes(nodes: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """The notes of these nodes, in lines for a terminal: each once, with the nodes that have it."""
+    having: dict[str, list[str]] = {}
+    for name in names:
+        for note in nodes.get(name, {}).get("notes") or []:  # none in older reports
+            having.setdefault(note, []).append(name)
+    return [
+        f"{', '.join(some) if len(some) <= LISTED else f'{len(some)} nodes'}: {note}" for note, some in having.items()
+    ]
 
 
 def report_first(urls: Sequence[str]) -> str:
@@ -246,6 +258,7 @@ class FilterModule:
             "report_finding": report_finding,
             "report_merge": report_merge,
             "report_node": report_node,
+            "report_notes": report_notes,
             "report_outage": report_outage,
             "report_outages": report_outages,
             "report_interrupted": report_interrupted,

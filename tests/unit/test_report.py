@@ -38,6 +38,7 @@ VARS = {
     f"report_{name}": f"{{{{ known[inventory_hostname].{name} }}}}"
     for name in (*NAMES, "outage", "checks", "benchmark")
 }
+VARS["report_notes"] = "{{ known[inventory_hostname].notes | default([]) }}"
 
 
 class Page(HTMLParser):
@@ -115,6 +116,21 @@ def test_the_end_says_how_to_call_it(run: tuple[subprocess.CompletedProcess[str]
     assert "http://198.18.0.11:8000/v1/models" in text
     assert "head -n 1" in text
     assert "api-keys.txt" in text
+
+
+def test_what_was_not_checked_is_said_everywhere(run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    done, directory = run
+    said = "the engine's arguments were not checked before the start"
+    assert f"b200-1: {said}" in done.stdout
+    assert f"Note: {said}, IMAGE could not read them: status 3, <no parser> \\| here" in written(directory, "report.md")
+    assert said in written(directory, "report.html").replace("&#39;", "'")
+    assert json.loads(written(directory, "report.json"))["nodes"]["b200-1"]["ok"] is True
+
+
+def test_a_note_of_many_nodes_is_said_once() -> None:
+    nodes = {f"n{number}": {"notes": ["not checked"]} for number in range(5)}
+    assert plugin.report_notes(nodes, ["n0", "n1"]) == ["n0, n1: not checked"]
+    assert plugin.report_notes({**nodes, "old": {}}, [*nodes, "old"]) == ["5 nodes: not checked"]
 
 
 def test_no_key_is_reported(run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
