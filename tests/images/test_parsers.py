@@ -56,6 +56,15 @@ def test_an_unknown_flag_is_named(engine: str) -> None:
     assert UNKNOWN in answer(engine, [*line(engine, "reference"), UNKNOWN])
 
 
+@pytest.mark.parametrize("engine", IMAGES)
+@pytest.mark.parametrize(("flag", "name"), [("--tool-call-parser", "glm47"), ("--reasoning-parser", "glm45")])
+def test_an_unknown_parser_is_named_with_the_known_ones(engine: str, flag: str, name: str) -> None:
+    wrong = [f"no-{name}" if word == name else word for word in line(engine, "reference")]
+    said = answer(engine, wrong)
+    assert f"argument {flag}: invalid choice: 'no-{name}'" in said
+    assert name in said.partition("choose from")[2]
+
+
 def test_arguments_that_do_not_go_together() -> None:
     alone = [word for word in line("vllm", "reference") if word not in ("--tool-call-parser", "glm47")]
     assert "requires --tool-call-parser" in answer("vllm", alone)

@@ -68,7 +68,15 @@ def _beliefs(engine: str) -> Iterator[Belief]:
         yield Belief(engine, "flag", name, said)
     for short, name in aliases.items():
         yield Belief(engine, "alias", f"{short} = {name}", said)
-    variables = {*own["env"], own["context"]["longer_env"]}
+    variables = {own["context"]["longer_env"]}.union(
+        *(own.get(key, {}) for key in ("env", "refused_env", "cuda_compat_env"))
+    )
+    for flags in own.get("loaders", {}).values():
+        yield from (
+            Belief(engine, "value", f"{flag} {value}", said) for flag, value in flags.items() if isinstance(value, str)
+        )
+    if not own["flags"]["model"]:
+        yield Belief(engine, "positional argument", "model", said)
     yield from (Belief(engine, "variable", name, said) for name in variables)
     metrics = own["metrics"]
     for key, value in metrics.items():
@@ -155,21 +163,18 @@ def paths_of_the_checks(path: Path) -> set[str]:
 
 
 def refused_paths() -> dict[str, str]:
-    """What the edge keeps from clients: in its own configuration, and in what the checks ask in vain."""
+    """What the edge keeps from clients, as regular expressions: by its configuration, and by the checks' defaults."""
     module = ROOT / "plugins/modules/verify_endpoint.py"
     found = {}
     for node in ast.walk(ast.parse(module.read_text())):
         if isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values):
-                if readers.literal(key) == "refused_paths":
-                    found.update(
-                        dict.fromkeys((s for s in readers.strings(value) if s.startswith("/")), relative(module))
-                    )
+                if key is not None and readers.literal(key) == "refused_paths":
+                    names = [text for text in readers.strings(value) if text.startswith("/")]
+                    found.update({f"^{re.escape(name)}$": relative(module) for name in names})
     edge = ROOT / "templates/haproxy.cfg.j2"
-    for line in edge.read_text().splitlines():
-        if re.search(r"\bacl\b.*\bpath", line):
-            names = re.findall(r"(?<=\s)/[a-z][\w/]*\w(?=\s|$)", line)
-            found.update(dict.fromkeys((name for name in names if name != "/health"), relative(edge)))
+    for pattern in re.findall(r"^ *acl .* -m reg .*?(\^/\S+)$", edge.read_text(), re.MULTILINE):
+        found.update({part: relative(edge) for part in alternatives(pattern)})
     return found
 
 
@@ -188,22 +193,47 @@ def _imports(engine: str) -> Iterator[Belief]:
 
 
 def alternatives(pattern: str) -> list[str]:
-    """The parts of a regular expression between its outermost bars."""
-    parts, depth, part, index = [], 0, "", 0
+    """A regular expression without its bars: one for each of the texts between them, those in groups included."""
+    parts = _between_bars(pattern)
+    if len(parts) > 1:
+        return [one for part in parts for one in alternatives(part)]
+    for start, end in sorted(_groups(pattern)):
+        inner = pattern[start:end]
+        if len(_between_bars(inner)) > 1 and re.search(r"[a-zA-Z]{2}", inner):
+            return [
+                one for part in _between_bars(inner) for one in alternatives(f"{pattern[:start]}{part}{pattern[end:]}")
+            ]
+    return [pattern]
+
+
+def _marks(pattern: str) -> Iterator[tuple[int, str]]:
+    """The brackets and bars that mean something: neither escaped nor in a set."""
+    index = 0
     while index < len(pattern):
-        char = pattern[index]
-        if char == "\\":
-            part += pattern[index : index + 2]
-            index += 2
-            continue
-        depth += (char in "([") - (char in ")]")
-        if char == "|" and depth == 0:
-            parts.append(part)
-            part = ""
-        else:
-            part += char
-        index += 1
-    return [*parts, part]
+        if pattern[index] == "[":
+            index = pattern.index("]", index + 2)
+        elif pattern[index] in "()|":
+            yield index, pattern[index]
+        index += 2 if pattern[index] == "\\" else 1
+
+
+def _between_bars(pattern: str) -> list[str]:
+    cuts, depth = [-1], 0
+    for index, mark in _marks(pattern):
+        depth += {"(": 1, ")": -1, "|": 0}[mark]
+        if mark == "|" and depth == 0:
+            cuts.append(index)
+    return [pattern[start + 1 : end] for start, end in zip(cuts, [*cuts[1:], len(pattern)])]
+
+
+def _groups(pattern: str) -> Iterator[tuple[int, int]]:
+    """Where the inside of each group begins and ends."""
+    open_at = []
+    for index, mark in _marks(pattern):
+        if mark == "(":
+            open_at.append(index + 1)
+        elif mark == ")":
+            yield open_at.pop(), index
 
 
 def words_of(pattern: str) -> list[str]:
@@ -211,8 +241,10 @@ def words_of(pattern: str) -> list[str]:
     found = []
     for part in alternatives(pattern):
         told = part.split("(?P<percent>")[0]  # what follows is the progress bar's, not the line's
-        plain = re.sub(r"\\([.\-/:()])", r"\1", re.sub(r"\\[a-zA-Z]", "\0", told))
-        found.append(max(re.findall(r"[\w. /-]+", re.sub(r"\.[*+?]+", "\0", plain)), key=len, default=""))
+        plain = re.sub(r"\\([.\-/:()])", r"\1", re.sub(r"\\[a-zA-Z]|[()]", "\0", told))
+        found.append(
+            max(re.findall(r"[\w. /'-]+", re.sub(r"\.[*+?]+|\[[^]]*\]|.[?*]", "\0", plain)), key=len, default="")
+        )
     return [word for word in found if len(word) > 3]
 
 
@@ -244,6 +276,10 @@ class Release:
     @functools.cached_property
     def client_parser(self) -> readers.Parser:
         return readers.Parser(readers.benchmark_flags(self.package, self.client_files))
+
+    @functools.cached_property
+    def paths(self) -> dict[str, readers.Found]:
+        return readers.http_paths(self.package)
 
     @functools.cached_property
     def log(self) -> Any:
@@ -285,6 +321,10 @@ class Release:
             raise Missing(path)
         return flag.where
 
+    def _positional_argument(self, name: str) -> readers.Found:
+        where = readers.positional(self.package, readers.vllm_cli(self.package), name)
+        return found(where, readers.vllm_cli(self.package))
+
     def _alias(self, name: str) -> readers.Found:
         short, long = name.split(" = ")
         flag = self.parser.flag(short)
@@ -319,7 +359,7 @@ class Release:
         return found(readers.metric(self.package, name), "every file that has the name")
 
     def _path(self, name: str) -> readers.Found:
-        return found(readers.http_path(self.package, name), "every file that has the path")
+        return found(self.paths.get(name), "every file that serves a path")
 
     def _phase(self, pattern: str) -> readers.Found:
         """A line that the engine writes, which the program of the node takes for this phase and no earlier one."""
@@ -375,7 +415,7 @@ class Judged:
     release: str
     answers: list[Answer]
     alternatives: set[str]  # of the phases' patterns
-    refused: set[str]  # those paths of refused_paths() that it serves
+    served: set[str]  # every path
 
 
 def judge(package: Package, beside: list[Package], beliefs: list[Belief] | None = None) -> Judged:
@@ -394,7 +434,7 @@ def _judge(package: Package, beside: list[Package], beliefs: list[Belief] | None
         str(package),
         answers,
         {part for part in parts if release.has_alternative(part)},
-        {path for path in refused_paths() if readers.http_path(package, path)},
+        set(release.paths),
     )
 
 
@@ -402,9 +442,7 @@ def never_logged(engine: str, judged: list[Judged]) -> list[str]:
     """Alternatives of the phases' patterns that none of these releases writes."""
     known = set().union(*(one.alternatives for one in judged))
     phases = data(ROOT / f"engines/{engine}.yml")["log"]["phases"]
-    parts = [part for item in phases for part in alternatives(item["pattern"])]
-    why = {entry["name"] for entry in EXTRA["explained"] if entry["kind"] == "phase alternative"}
-    return [part for part in parts if part not in known and part not in why]
+    return [part for item in phases for part in alternatives(item["pattern"]) if part not in known]
 
 
 class Missing(Exception):
@@ -441,14 +479,19 @@ def project_log(engine: str) -> Any:
     return log
 
 
+def about(entry: dict[str, str], belief: Belief) -> bool:
+    return (
+        entry.get("engine", belief.engine) == belief.engine
+        and entry["kind"] == belief.kind
+        and fnmatch.fnmatchcase(belief.name, entry["name"])
+    )
+
+
 def explained(belief: Belief, version: Version) -> str:
     """Why a release need not hold a belief; empty where it must."""
     for entry in EXTRA["explained"]:
-        if (
-            entry.get("engine", belief.engine) == belief.engine
-            and entry["kind"] == belief.kind
-            and fnmatch.fnmatchcase(belief.name, entry["name"])
-            and Version(str(entry.get("since", "0"))) <= version <= Version(str(entry.get("until", "9999")))
+        if about(entry, belief) and Version(str(entry.get("since", "0"))) <= version <= Version(
+            str(entry.get("until", "9999"))
         ):
             return str(entry["why"])
     return ""

@@ -177,6 +177,17 @@ def vllm_flags(package: Package) -> list[Flag]:
     return flags
 
 
+def positional(package: Package, path: str, name: str) -> Found | None:
+    """A positional argument of make_arg_parser whose name begins so."""
+    for function in function_of(package, path, "make_arg_parser"):
+        for node in ast.walk(function):
+            if isinstance(node, ast.Call) and called(node) == "add_argument" and node.args:
+                said = literal(node.args[0]) or ""
+                if said.startswith(name):
+                    return Found(path, node.lineno)
+    return None
+
+
 def _config_names(function: ast.FunctionDef) -> dict[str, str]:
     """cache_kwargs: CacheConfig, of cache_kwargs = get_kwargs(CacheConfig)."""
     return {
@@ -339,16 +350,17 @@ def variable(package: Package, name: str) -> Found | None:
 
 
 def metric(package: Package, name: str) -> Found | None:
-    """Where a metric is made. Prometheus' client adds `_total` to a counter's name."""
-    bare = name.removesuffix("_total")
-    for path in package.holding(bare):
+    """Where a metric is made, with the labels of `name{label="value"}`. A counter's name is shown with `_total`."""
+    name, _, selection = name.partition("{")
+    labels = set(re.findall(r"(\w+)=", selection))
+    for path in package.holding(name.removesuffix("_total")):
         for node in package.nodes(path):
             if not isinstance(node, ast.Call) or not re.search(r"gauge|counter|histogram|summary", called(node), re.I):
                 continue
             made = literal(keyword(node, "name")) or (literal(node.args[0]) if node.args else None) or ""
             if "counter" in called(node).lower():
                 made = f"{made.removesuffix('_total')}_total"
-            if made == name:
+            if made == name and labels <= set(strings(keyword(node, "labelnames"))):
                 return Found(path, node.lineno)
     return None
 
@@ -356,13 +368,16 @@ def metric(package: Package, name: str) -> Found | None:
 # HTTP paths ------------------------------------------------------------------------------------------------------
 
 
-def http_path(package: Package, name: str) -> Found | None:
-    """Where a path is served."""
-    for path in package.holding(f'"{name}"', f"'{name}'"):
+def http_paths(package: Package) -> dict[str, Found]:
+    """Every path that is served, and where."""
+    found: dict[str, Found] = {}
+    for path in package.holding("@router.", "@app.", "Mount(", "add_api_route(", "add_route(", "APIRouter("):
         for node in package.nodes(path):
-            if isinstance(node, ast.Call) and called(node) in VERBS and node.args and literal(node.args[0]) == name:
-                return Found(path, node.lineno)
-    return None
+            if isinstance(node, ast.Call) and called(node) in VERBS and node.args:
+                name = literal(node.args[0]) or ""
+                if name.startswith("/"):
+                    found.setdefault(name, Found(path, node.lineno))
+    return found
 
 
 # Log lines -------------------------------------------------------------------------------------------------------
