@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -177,6 +178,30 @@ def test_it_converges_and_then_changes_nothing(node: Node, play: Play, release: 
     assert second.code == 0, second.messages
     assert second.recap("changed") == 0
     assert 0 < second.trips["refusal-1"]["round_trips"] <= ROUND_TRIPS
+    assert_serves(node, release)
+
+
+def test_the_first_client_meets_a_warm_engine(node: Node, play: Play, release: str) -> None:
+    """After a restart without any playbook: what a request is the first to need is compiled before it comes."""
+    cold = 4.0
+    assert play(glm_engine_extra_env={"LIGHT_COLD_SECONDS": str(cold)}, seconds=300).code == 0
+    journal = "journalctl --unit glm-engine --lines 20 --output cat"
+    assert "engine-launch: warming up: a prompt of 8,000 words: 4." in node.run(journal)
+    node.run("systemctl restart --no-block glm-engine")
+    deadline = time.monotonic() + 120
+    while node.ask("/health")[0] == 200:  # the old one is there for a moment
+        assert time.monotonic() < deadline
+    while node.ask("/health")[0] != 200:
+        assert time.monotonic() < deadline, node.run(journal)
+        time.sleep(0.1)
+    seconds = []
+    for _ in range(2):
+        began = time.monotonic()
+        assert node.ask("/v1/chat/completions", question=QUESTION["prompt"])[0] == 200
+        seconds.append(time.monotonic() - began)
+    assert seconds[0] < cold / 2, seconds
+    back = play(seconds=300)
+    assert back.code == 0, back.messages
     assert_serves(node, release)
 
 
