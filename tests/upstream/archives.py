@@ -35,6 +35,10 @@ class Unreadable(Exception):
     """A file is not there, or not of the shape that the reader knows: nothing can be said of the belief."""
 
 
+class NotFetched(Exception):
+    """pip brought no package; the text is its last line."""
+
+
 class Package:
     """One release. Its files are those under the package's own folder, and the Dockerfiles."""
 
@@ -112,18 +116,21 @@ def pins() -> list[tuple[str, str]]:
 
 
 def pinned(name: str, version: str) -> Package:
-    """A pinned release, out of the cache; fetched where it is not there or not what the pin says."""
-    line = next(
-        line for line in (HERE / "releases.txt").read_text().splitlines() if line.split()[:1] == [f"{name}=={version}"]
-    )
+    return Package.read(archive_of(name, version))
+
+
+def archive_of(name: str, version: str) -> Path:
+    """A pinned release in the cache; fetched where it is not there or not what the pin says."""
+    lines = (HERE / "releases.txt").read_text().splitlines()
+    line = next(line for line in lines if line.split()[:1] == [f"{name}=={version}"])
     digest = line.rpartition("sha256:")[2]
     for held in CACHE.glob(f"{name}-{version}[-.]*"):
         if hashlib.sha256(held.read_bytes()).hexdigest() == digest:
-            return Package.read(held)
+            return held
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write(line + "\n")
         file.flush()
-        return Package.read(_fetch(name, f"{name} {version}", "--require-hashes", "-r", file.name))
+        return _fetch(name, f"{name} {version}", "--require-hashes", "-r", file.name)
 
 
 def newest(name: str) -> Package:
@@ -137,19 +144,22 @@ def _fetch(name: str, what: str, *wanted: str) -> Path:
     environment = dict(os.environ)
     kind = ["--python-version", "3.11", "--only-binary=:all:"]
     if name in SOURCE:
-        kind = ["--no-binary=:all:", "--no-build-isolation", "--use-pep517"]
+        kind = ["--no-binary=:all:", "--no-build-isolation", "--use-pep517", "--ignore-requires-python"]
         environment["PYTHONPATH"] = str(HERE / "backend")
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", *kind]
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-        done = subprocess.run(
-            [*command, "-d", scratch, *wanted],
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            env=environment,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"pip download {what}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+        try:
+            subprocess.run(
+                [*command, "-d", scratch, *wanted],
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE,
+                env=environment,
+                check=True,
+            )
+        except subprocess.CalledProcessError as problem:
+            raise NotFetched(f"{what}: {(problem.stderr.strip().splitlines() or ['pip said nothing'])[-1]}") from None
+        except subprocess.TimeoutExpired:
+            raise NotFetched(f"{what}: not within {PATIENCE} s") from None
         (archive,) = Path(scratch).iterdir()
         return Path(shutil.move(archive, CACHE / archive.name))

@@ -62,4 +62,7 @@ def _name(entry: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except archives.NotFetched as problem:
+        sys.exit(f"upstream · error: {problem}")

@@ -31,6 +31,13 @@ FALSE = {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _fetched() -> None:
+    """All of them before the first is read: where one cannot be fetched, each test says so at once."""
+    for pin in archives.pins():
+        archives.archive_of(*pin)
+
+
 @functools.cache
 def judged(name: str, version: str) -> beliefs.Judged:
     """The engine's own beliefs, and the false ones."""
