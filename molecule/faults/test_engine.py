@@ -24,6 +24,16 @@ RELEASES: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "answers under a wrong model id": ("wrong-model", {}, r"failed: .*another-model"),
     "answers garbage": ("garbage", {}, r"failed: .*answered 'lkj 0 ~~ zzz'"),
+    "answers long prompts with garbage": (
+        "long-garbage",
+        {},
+        r"failed: find_fact: \d+ tokens: answered 'lkj 0 ~~ zzz', wanted '\d{4}'; second_turn: [^;]*; long_answer: ",
+    ),
+    "loses the calls of tools in streams": (
+        "no-streamed-tools",
+        {},
+        r"failed: tool_call_stream: 0 tool calls, [^;]*; messages_tool_stream: 0 tool calls",
+    ),
     "killed for memory": ("out-of-memory", {}, r"glm-engine\.service: .*(137|killed|SIGKILL|memory)"),
 }
 VITAL = ("exits at once",)

@@ -62,6 +62,15 @@ UNFIT_RELEASES: dict[str, tuple[dict[str, Any], str]] = {
         {"glm_engine_extra_env": {"LIGHT_FAULT": "garbage"}},
         r"(?:.*; )?sum: [^;]*answered 'lkj 0 ~~ zzz', wanted '42'.*",
     ),
+    # Only a long prompt, and only a stream, shows these two.
+    "engine answers long prompts with garbage": (
+        {"glm_engine_extra_env": {"LIGHT_FAULT": "long-garbage"}},
+        r"find_fact: \d+ tokens: answered 'lkj 0 ~~ zzz', wanted '\d{4}'; second_turn: .*; long_answer: .*",
+    ),
+    "engine loses the calls of tools in streams": (
+        {"glm_engine_extra_env": {"LIGHT_FAULT": "no-streamed-tools"}},
+        r"tool_call_stream: 0 tool calls, .*; messages_tool_stream: 0 tool calls, .*",
+    ),
 }
 
 

@@ -11,7 +11,7 @@ import secrets
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -25,6 +25,7 @@ description:
   - Makes all checks in one round trip, most of them beside one another, and returns each with what it saw.
   - No answer is asked for twice. Only the edge is given some seconds to see that the engine is ready, and a stream that
     came in one piece is asked for again, since a busy machine may bunch one, while a buffer holds back every one.
+  - Prompts that must have a length are sized by the engine's own count of tokens, and the answer's usage proves it.
   - Requests go through the edge with the key, as a client's do; the temperature is 0.
   - A failed check is a result, not a failure of the module. Changes nothing.
 options:
@@ -87,6 +88,8 @@ MIN_STREAM_SPREAD = 0.001
 STREAM_PAUSES = (0.2, 0.5, 1, 3)  # seconds before another look: a node that is short of CPU reads a stream late, too
 EXEC_PAUSES = (1, 3)  # seconds before another try where the container runtime, not the program, could not start
 REFUSALS = (401, 403, 404)
+CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+TOOL_QUESTIONS = ("tool_call", "tool_call_plain", "tool_call_twice")  # with arguments, without, two in one turn
 
 
 class Verification:
@@ -98,8 +101,7 @@ class Verification:
         self.model, *self.other_models = params["models"]
         self.edge = Server(params["url"], params["timeout"], params["headers"])
         self.engine = Server(params["engine_url"], params["timeout"])
-        self.code = str(1000 + secrets.randbelow(9000))
-        self.long_prompt = find_fact_prompt(self.questions["find_fact"], self.code, secrets.token_hex(4))
+        self.facts: list[tuple[str, str]] = []  # the long prompts of find_fact, each with its code
         self.keys = {"Authorization": f"Bearer {params['api_key']}"} if params["auth"] == "keys" else {}
 
     def run(self) -> list[dict[str, Any]]:
@@ -111,10 +113,14 @@ class Verification:
             ["exact_reply"],
             ["sum"],
             ["find_fact", "second_turn"],
+            ["long_answer"],
             ["thinking"],
+            ["effort"],
             ["tool_call"],
+            ["tool_call_stream"],
             ["messages"],
             ["messages_stream"],
+            ["messages_tool_stream"],
             ["count_tokens"],
             *guarded,
             ["unlisted_path_refused"],
@@ -169,7 +175,7 @@ class Verification:
         question = self.questions["exact_reply"]
         for name in self.other_models:
             body = {**self._chat_body(question, [{"role": "user", "content": question["prompt"]}], 64), "model": name}
-            answer = self.edge.request("POST", "/v1/chat/completions", body, self.keys)
+            answer = self.edge.request("POST", CHAT, body, self.keys)
             need(answer, 200, name)
             self._expect(question, answer.json()["choices"][0]["message"].get("content") or "", name)
         return f"answered: {', '.join(self.other_models)}"
@@ -181,19 +187,56 @@ class Verification:
         return self._question("sum")
 
     def check_find_fact(self) -> str:
-        prompt_tokens: list[int] = []
-        seen = self._question("find_fact", self.long_prompt, prompt_tokens)
-        return f"{seen}, the fact was in {prompt_tokens[0]} prompt tokens"
+        """Several at once, each with a code of its own: an answer to another's prompt is wrong."""
+        question = self.questions["find_fact"]
+        # A little longer than asked for: tokenizers count a prompt's end and start differently.
+        sentences = self._sentences(question, question["tokens"] * 1.03)
+        for depth in question["depths"]:
+            code = str(1000 + secrets.randbelow(9000))
+            self.facts.append((filled(self.questions, question, sentences, depth, code), code))
+        answers = beside(self._one_fact, self.facts)
+        least = min(answers)
+        if least < question["tokens"]:
+            raise Wrong(f"the prompt has {least} tokens, wanted at least {question['tokens']}")
+        return f"{len(answers)} facts found at once, each in at least {least} prompt tokens"
+
+    def _one_fact(self, fact: tuple[str, str]) -> int:
+        """The engine's count of the prompt in which the fact was found."""
+        prompt, code = fact
+        question = self.questions["find_fact"]
+        answer = self._chat(question, [{"role": "user", "content": prompt}])
+        tokens = int(answer["usage"]["prompt_tokens"])
+        self._expect(question, answer["choices"][0]["message"].get("content") or "", f"{tokens} tokens:", code)
+        return tokens
+
+    def check_long_answer(self) -> str:
+        """Generation itself runs over a position of the context from which on engines have been wrong."""
+        question = self.questions["long_answer"]
+        crosses = question["crosses"]
+        sentences = self._sentences(question, crosses - 60)
+        prompt = filled(self.questions, question, sentences)
+        answer = self._chat(question, [{"role": "user", "content": prompt}], max_tokens=512)
+        usage = answer["usage"]
+        begin, end = usage["prompt_tokens"], usage["prompt_tokens"] + usage["completion_tokens"]
+        self._expect(question, answer["choices"][0]["message"].get("content") or "", f"tokens {begin} to {end}:")
+        if not begin < crosses < end:
+            raise Wrong(f"the answer goes from token {begin} to {end}, not over {crosses}")
+        return f"every item right, from token {begin} to {end}"
 
     def check_second_turn(self) -> str:
-        """Told, not judged: whether the conversation's first turn was in the prefix cache."""
+        """Whether the conversation's first turn was in the prefix cache is told, not judged."""
+        if not self.facts:
+            raise Wrong("find_fact had no prompt to go on from")
+        prompt, code = self.facts[0]
         turns = [
-            {"role": "user", "content": self.long_prompt},
-            {"role": "assistant", "content": self.code},
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": code},
             {"role": "user", "content": self.questions["exact_reply"]["prompt"]},
         ]
         before = self._cached_tokens()
-        answer = self._chat(self.questions["exact_reply"], turns, max_tokens=16)
+        question = self.questions["exact_reply"]
+        answer = self._chat(question, turns, max_tokens=16)
+        self._expect(question, answer["choices"][0]["message"].get("content") or "")
         usage = answer["usage"]
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
         if cached is None and before is not None:
@@ -215,7 +258,7 @@ class Verification:
         begin = time.monotonic()
         answer = self.edge.request(
             "POST",
-            "/v1/chat/completions",
+            CHAT,
             {
                 **self._chat_body(question, [{"role": "user", "content": question["prompt"]}], 256),
                 "stream": True,
@@ -257,39 +300,101 @@ class Verification:
         self._expect(question, content)
         return f"{len(message[field])} characters in `{field}`, answer {content!r}"
 
+    def check_effort(self) -> str:
+        question = self.questions["effort"]
+        asked = [(path, effort) for path in (CHAT, MESSAGES) for effort in question["efforts"]]
+        beside(self._one_effort, asked)
+        return f"{', '.join(question['efforts'])} answered on both APIs"
+
+    def _one_effort(self, asked: tuple[str, str]) -> None:
+        path, effort = asked
+        question, who = self.questions["effort"], f"{effort} on {path}:"
+        turns = [{"role": "user", "content": question["prompt"]}]
+        told = {"reasoning_effort": effort} if path == CHAT else {"output_config": {"effort": effort}}
+        headers = self.keys if path == CHAT else self._anthropic_keys()
+        answer = self.edge.request("POST", path, {**self._chat_body(question, turns, 4096), **told}, headers)
+        need(answer, 200, who.rstrip(":"))
+        body = answer.json()
+        text = body["choices"][0]["message"].get("content") if path == CHAT else text_of(body)
+        self._expect(question, text or "", who)
+
     def check_tool_call(self) -> str:
         question = self.questions["tool_call"]
-        choice = self._chat(
-            question, max_tokens=512, tools=[{"type": "function", "function": question["tool"]}], tool_choice="auto"
-        )["choices"][0]
-        calls = choice["message"].get("tool_calls") or []
-        if len(calls) != 1:
-            raise Wrong(f"{len(calls)} tool calls, text {shorten(choice['message'].get('content') or '')!r}")
-        function = calls[0]["function"]
-        seen = f"{function['name']}({shorten(function['arguments'])})"
-        try:
-            right = json.loads(function["arguments"]) == question["expect_arguments"]
-        except ValueError:
-            right = False
-        if not right or function["name"] != question["tool"]["name"]:
-            raise Wrong(f"{seen}, wanted {question['tool']['name']}({json.dumps(question['expect_arguments'])})")
-        if choice["finish_reason"] != "tool_calls":
-            raise Wrong(f"{seen}, but finish_reason is {choice['finish_reason']!r}")
-        return seen
+        choice = self._chat(question, max_tokens=512, **self._tools(question))["choices"][0]
+        calls = [
+            {"id": call.get("id"), **call["function"], "arguments": parsed(call["function"]["arguments"])}
+            for call in choice["message"].get("tool_calls") or []
+        ]
+        return expect_calls(question, calls, choice["message"].get("content") or "", choice["finish_reason"])
+
+    def check_tool_call_stream(self) -> str:
+        return "; ".join(beside(self._one_tool_stream, TOOL_QUESTIONS))
+
+    def _one_tool_stream(self, name: str) -> str:
+        question = self.questions[name]
+        turns = [{"role": "user", "content": question["prompt"]}]
+        body = {**self._chat_body(question, turns, 512), **self._tools(question), "stream": True}
+        answer = self.edge.request("POST", CHAT, body, self.keys)
+        need(answer, 200, name)
+        calls: dict[int, dict[str, Any]] = {}
+        text, finish = "", None
+        for _, event in answer.events():
+            for choice in event.get("choices") or []:
+                text += choice["delta"].get("content") or ""
+                finish = choice.get("finish_reason") or finish
+                for part in choice["delta"].get("tool_calls") or []:
+                    call = calls.setdefault(part["index"], {"id": None, "name": None, "arguments": ""})
+                    function = part.get("function") or {}
+                    call["id"], call["name"] = part.get("id") or call["id"], function.get("name") or call["name"]
+                    call["arguments"] += function.get("arguments") or ""
+        for call in calls.values():
+            call["arguments"] = parsed(call["arguments"])
+        return expect_calls(question, list(calls.values()), text, finish)
+
+    def check_messages_tool_stream(self) -> str:
+        return "; ".join(beside(self._one_messages_tool_stream, TOOL_QUESTIONS))
+
+    def _one_messages_tool_stream(self, name: str) -> str:
+        question = self.questions[name]
+        turns = [{"role": "user", "content": question["prompt"]}]
+        tools = [
+            {"name": tool["name"], "description": tool["description"], "input_schema": tool["parameters"]}
+            for tool in question["tools"]
+        ]
+        # Room for thinking: not every release lets this API turn it off.
+        body = {**self._chat_body(question, turns, 2048), "tools": tools, "stream": True}
+        answer = self.edge.request("POST", MESSAGES, body, self._anthropic_keys())
+        need(answer, 200, name)
+        blocks: dict[int, dict[str, Any]] = {}
+        finish = None
+        for _, event in answer.events():
+            if event["type"] == "content_block_start":
+                blocks[event["index"]] = {**event["content_block"], "parts": ""}
+            elif event["type"] == "content_block_delta":
+                delta = event["delta"]
+                blocks[event["index"]]["parts"] += delta.get("partial_json") or delta.get("text") or ""
+            elif event["type"] == "message_delta":
+                finish = event["delta"].get("stop_reason")
+        text = "".join(block["parts"] for block in blocks.values() if block["type"] == "text")
+        # A call without arguments may have no part at all, as the API has it.
+        calls = [
+            {"id": block["id"], "name": block["name"], "arguments": parsed(block["parts"] or "{}")}
+            for block in blocks.values()
+            if block["type"] == "tool_use"
+        ]
+        return expect_calls(question, calls, text, finish, "tool_use")
 
     def check_messages(self) -> str:
-        answer = self.edge.request("POST", "/v1/messages", self._messages_body(), self._anthropic_keys())
+        answer = self.edge.request("POST", MESSAGES, self._messages_body(), self._anthropic_keys())
         need(answer, 200)
         body = answer.json()
         self._expect_model(body)
-        text = "".join(block["text"] for block in body["content"] if block["type"] == "text")
+        text = text_of(body)
         self._expect(self.questions["messages"], text)
         return f"{text.strip()!r}, stop_reason {body['stop_reason']}, {body['usage']['output_tokens']} output tokens"
 
     def check_messages_stream(self) -> str:
-        answer = self.edge.request(
-            "POST", "/v1/messages", {**self._messages_body(), "stream": True}, self._anthropic_keys()
-        )
+        answer = self.edge.request("POST", MESSAGES, {**self._messages_body(), "stream": True}, self._anthropic_keys())
         need(answer, 200)
         events = [event for _, event in answer.events()]
         kinds = [event["type"] for event in events]
@@ -303,13 +408,7 @@ class Verification:
         return f"{text.strip()!r} in {len(events)} events, message_start to message_stop"
 
     def check_count_tokens(self) -> str:
-        body = {name: value for name, value in self._messages_body().items() if name in ("model", "messages")}
-        answer = self.edge.request("POST", "/v1/messages/count_tokens", body, self._anthropic_keys())
-        need(answer, 200)
-        count = answer.json().get("input_tokens")
-        if not isinstance(count, int) or count <= 0:
-            raise Wrong(f"input_tokens is {count!r}, wanted a positive number")
-        return f"{count} input tokens"
+        return f"{self._count(self.questions['messages']['prompt'])} input tokens"
 
     # --- what is refused ---
 
@@ -322,7 +421,7 @@ class Verification:
             [
                 ("GET", "/v1/models", {"Authorization": f"Bearer {key}"}),
                 ("GET", "/v1/models", {"x-api-key": key}),
-                ("POST", "/v1/messages", {"x-api-key": key}),
+                ("POST", MESSAGES, {"x-api-key": key}),
             ],
             (401,),
         )
@@ -387,14 +486,31 @@ class Verification:
 
     # --- helpers ---
 
-    def _question(self, name: str, prompt: str | None = None, prompt_tokens: list[int] | None = None) -> str:
+    def _question(self, name: str) -> str:
         question = self.questions[name]
-        answer = self._chat(question, [{"role": "user", "content": prompt or question["prompt"]}])
-        content = answer["choices"][0]["message"].get("content") or ""
-        if prompt_tokens is not None:
-            prompt_tokens.append(answer["usage"]["prompt_tokens"])
+        content = self._chat(question)["choices"][0]["message"].get("content") or ""
         self._expect(question, content)
         return f"answered {content.strip()!r}"
+
+    def _count(self, prompt: str) -> int:
+        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
+        answer = self.edge.request("POST", f"{MESSAGES}/count_tokens", body, self._anthropic_keys())
+        need(answer, 200, "count_tokens")
+        count = answer.json().get("input_tokens")
+        if not isinstance(count, int) or count <= 0:
+            raise Wrong(f"input_tokens is {count!r}, wanted a positive number")
+        return count
+
+    def _sentences(self, question: dict[str, Any], tokens: float) -> int:
+        """How many filler sentences make the prompt about so long, as the engine counts: tokenizers differ."""
+        sentences = round(tokens / 16)
+        for _ in range(2):
+            sentences = round(sentences * tokens / self._count(filled(self.questions, question, sentences)))
+        return sentences
+
+    @staticmethod
+    def _tools(question: dict[str, Any]) -> dict[str, Any]:
+        return {"tools": [{"type": "function", "function": tool} for tool in question["tools"]], "tool_choice": "auto"}
 
     def _chat_body(self, question: dict[str, Any], messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
@@ -406,9 +522,7 @@ class Verification:
         self, question: dict[str, Any], messages: list[dict[str, str]] | None = None, max_tokens: int = 64, **more: Any
     ) -> dict[str, Any]:
         messages = messages or [{"role": "user", "content": question["prompt"]}]
-        answer = self.edge.request(
-            "POST", "/v1/chat/completions", {**self._chat_body(question, messages, max_tokens), **more}, self.keys
-        )
+        answer = self.edge.request("POST", CHAT, {**self._chat_body(question, messages, max_tokens), **more}, self.keys)
         need(answer, 200)
         body: dict[str, Any] = answer.json()
         self._expect_model(body)
@@ -423,10 +537,10 @@ class Verification:
         key = {"x-api-key": self.params["api_key"]} if self.params["auth"] == "keys" else {}
         return {"anthropic-version": "2023-06-01", **key}
 
-    def _expect(self, question: dict[str, Any], answer: str, who: str = "") -> None:
-        wanted = str(question["expect"]).replace("{code}", self.code)
+    def _expect(self, question: dict[str, Any], answer: str, who: str = "", code: str = "") -> None:
+        wanted = str(question["expect"]).replace("{code}", code)
         if not re.fullmatch(wanted, answer.strip()):
-            raise Wrong(f"{who and who + ' '}answered {shorten(answer.strip())!r}, wanted {wanted!r}")
+            raise Wrong(f"{who and who + ' '}answered {shorten(answer.strip())!r}, wanted {shorten(wanted)!r}")
 
     def _expect_model(self, body: dict[str, Any]) -> None:
         if body.get("model") != self.model:
@@ -443,14 +557,60 @@ class Verification:
         return self._metrics().get(name) if name else None
 
 
-def find_fact_prompt(question: dict[str, Any], code: str, mark: str) -> str:
-    """Filler sentences with the fact somewhere among them, then the question.
+def filled(questions: dict[str, Any], question: dict[str, Any], count: int, depth: float = 0.0, code: str = "") -> str:
+    """The question behind filler sentences, with its fact, where it has one, at a depth from 0 to 1 of them.
 
-    The mark in front differs on each run, so that the prefix cache holds none of it.
+    The mark in front differs on each call, so that the prefix cache holds none of it.
     """
-    sentences = [question["filler"]] * question["repeat"]
-    sentences.insert(secrets.randbelow(question["repeat"] + 1), question["fact"].replace("{code}", code))
-    return " ".join([f"[{mark}]", *sentences, question["prompt"]])
+    filler = questions["find_fact"]["filler"]
+    sentences = [filler[number % len(filler)] for number in range(count)]
+    if "fact" in question:
+        sentences.insert(round(depth * count), question["fact"].replace("{code}", code))
+    return " ".join([f"[{secrets.token_hex(4)}]", *sentences, question["prompt"]])
+
+
+def beside(ask: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """What each call returns, all made at once; the first that is wrong is told."""
+    with concurrent.futures.ThreadPoolExecutor(max_workers=len(items)) as pool:
+        return list(pool.map(ask, items))
+
+
+def text_of(message: dict[str, Any]) -> str:
+    return "".join(block["text"] for block in message["content"] if block["type"] == "text")
+
+
+def parsed(arguments: str) -> Any:
+    """The arguments of a call, or the text where it is not JSON."""
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return arguments
+
+
+def expect_calls(
+    question: dict[str, Any],
+    calls: list[dict[str, Any]],
+    text: str,
+    finish: str | None,
+    wanted_finish: str = "tool_calls",
+) -> str:
+    """The calls in one line, or Wrong: as many as wanted, right, in any order, each with an id of its own."""
+
+    def line(call: dict[str, Any]) -> str:
+        arguments = call["arguments"]
+        # Text that is not JSON is told as it came.
+        told = arguments if isinstance(arguments, str) else json.dumps(arguments, sort_keys=True)
+        return f"{call['name']}({shorten(told)})"
+
+    seen, wanted = sorted(map(line, calls)), sorted(map(line, question["expect_calls"]))
+    if seen != wanted:
+        told = "".join(f", {call}" for call in seen)
+        raise Wrong(f"{len(calls)} tool calls{told}, text {shorten(text)!r}, wanted {', '.join(wanted)}")
+    if len({call["id"] for call in calls if call["id"]}) != len(calls):
+        raise Wrong(f"{', '.join(seen)}, with the ids {', '.join(repr(call['id']) for call in calls)}")
+    if finish != wanted_finish:
+        raise Wrong(f"{', '.join(seen)}, but it ends with {finish!r}, wanted {wanted_finish!r}")
+    return ", ".join(seen)
 
 
 def command(*argv: str) -> str:

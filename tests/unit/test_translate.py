@@ -15,7 +15,7 @@ assert _spec
 wrapper = importlib.util.module_from_spec(_spec)
 _loader.exec_module(wrapper)
 
-ADDED = ["--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "16384"]
+ADDED = ["--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "131072"]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_one_flag(given: str, left: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "left"), [("131000", "16384"), ("8192", "8192"), ("16384", "16384"), ("1M", "16384")]
+    ("length", "left"), [("131000", "131000"), ("8192", "8192"), ("1048576", "131072"), ("1M", "131072")]
 )
 def test_length(length: str, left: str) -> None:
     words, said = wrapper.translate(["--max-model-len", length])

@@ -40,10 +40,14 @@ ALL = [
     "sum",
     "find_fact",
     "second_turn",
+    "long_answer",
     "thinking",
+    "effort",
     "tool_call",
+    "tool_call_stream",
     "messages",
     "messages_stream",
+    "messages_tool_stream",
     "count_tokens",
     "missing_key_refused",
     "wrong_key_refused",
@@ -54,7 +58,16 @@ ALL = [
     "unit_state",
     "gpus_in_container",
 ]
-CONTENT = {"exact_reply", "sum", "find_fact", "second_turn", "streaming", "thinking", "tool_call"}
+CONTENT = {"exact_reply", "sum", "find_fact", "second_turn", "long_answer", "streaming", "thinking", "tool_call"}
+
+
+CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+TOOLS = " with tools"  # behind the path, where a stream's events are changed
+
+
+def words_of(body: dict[str, Any]) -> int:
+    """This engine's tokens."""
+    return sum(len(message["content"].split()) for message in body["messages"])
 
 
 class Endpoint(ThreadingHTTPServer):
@@ -73,10 +86,11 @@ class Endpoint(ThreadingHTTPServer):
         self.models = [MODEL]
         self.metrics = METRICS_TEXT
         self.stream_pause = 0.002
-        self.count = 9
+        self.count: Callable[[int], int] = lambda words: words + 4
         self.status: dict[str, int] = {}
         self.change_chat: Callable[[dict[str, Any], dict[str, Any]], Any] = lambda request, answer: answer
         self.change_events: Callable[[str, list[Any]], list[Any]] = lambda path, events: events
+        self.refuse: Callable[[dict[str, Any]], bool] = lambda body: False
         self.bodies: list[tuple[str, dict[str, Any]]] = []
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -118,8 +132,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, {"data": [{"id": name} for name in server.models]})
         if not body:
             return self.answer(422, {"error": {"message": "no body"}})
+        if server.refuse(body):
+            return self.answer(400, {"error": {"message": "told to"}})
         if self.path == "/v1/messages/count_tokens":
-            return self.answer(200, {"input_tokens": server.count})
+            return self.answer(200, {"input_tokens": server.count(words_of(body))})
         return self.chat(body) if self.path == "/v1/chat/completions" else self.messages(body)
 
     do_POST = do_GET
@@ -128,48 +144,66 @@ class Handler(BaseHTTPRequestHandler):
         asked = body["messages"][-1]["content"]
         if found := re.search(r"blue door is (\d{4})", asked):
             return found[1]
-        return next(str(question["expect"]) for question in QUESTIONS.values() if question["prompt"] == asked)
+        return next(str(q["expect"]) for q in QUESTIONS.values() if "expect" in q and asked.endswith(q["prompt"]))
+
+    def calls(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        asked = body["messages"][-1]["content"]
+        wanted = next(q["expect_calls"] for q in QUESTIONS.values() if q["prompt"] == asked)
+        return [
+            {"id": f"call-{n}", "name": call["name"], "arguments": json.dumps(call["arguments"])}
+            for n, call in enumerate(wanted)
+        ]
 
     def chat(self, body: dict[str, Any]) -> None:
         message: dict[str, Any] = {"role": "assistant", "reasoning_content": None, "tool_calls": []}
         finish = "stop"
         if "tools" in body:
-            message.update(
-                content=None,
-                tool_calls=[
-                    {
-                        "id": "1",
-                        "type": "function",
-                        "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'},
-                    }
-                ],
-            )
+            calls = [
+                {"id": call["id"], "type": "function", "function": {k: call[k] for k in ("name", "arguments")}}
+                for call in self.calls(body)
+            ]
+            message.update(content=None, tool_calls=calls)
             finish = "tool_calls"
         else:
             message["content"] = f"\n{self.reply(body)}"
             if body.get("chat_template_kwargs", {}).get("enable_thinking", True):
                 message["reasoning"] = "The user wants ok."
+        output = len((message["content"] or "").split())
         answer = self.server.change_chat(
             body,
             {
                 "model": MODEL,
                 "choices": [{"message": message, "finish_reason": finish}],
-                "usage": {"prompt_tokens": 400, "completion_tokens": 3, "prompt_tokens_details": None},
+                "usage": {
+                    "prompt_tokens": words_of(body) + 4,
+                    "completion_tokens": output,
+                    "prompt_tokens_details": None,
+                },
             },
         )
         if not body.get("stream"):
             return self.answer(200, answer)
-        words = [word for word in re.split(r"(?= )", message["content"].strip()) if word]
         events: list[Any] = [{"model": MODEL, "choices": [{"delta": {"role": "assistant", "content": ""}}]}]
+        for index, call in enumerate(message["tool_calls"]):
+            function = call["function"]
+            head = {**call, "index": index, "function": {"name": function["name"], "arguments": ""}}
+            events.append({"choices": [{"delta": {"tool_calls": [head]}}]})
+            events += [
+                {"choices": [{"delta": {"tool_calls": [{"index": index, "function": {"arguments": part}}]}}]}
+                for part in re.findall(".{1,6}", function["arguments"])
+            ]
+        words = [word for word in re.split(r"(?= )", (message["content"] or "").strip()) if word]
         events += [{"choices": [{"delta": {"content": word}}]} for word in words]
         events += [
-            {"choices": [{"delta": {}, "finish_reason": "stop"}]},
+            {"choices": [{"delta": {}, "finish_reason": finish}]},
             {"choices": [], "usage": {"completion_tokens": len(words)}},
             "[DONE]",
         ]
-        return self.stream(events)
+        return self.stream(events, tools="tools" in body)
 
     def messages(self, body: dict[str, Any]) -> None:
+        if "tools" in body:
+            return self.stream(self.tool_events(body), tools=True)
         text = self.reply(body)
         if not body.get("stream"):
             answer = {
@@ -191,12 +225,34 @@ class Handler(BaseHTTPRequestHandler):
             ]
         )
 
-    def stream(self, events: list[Any]) -> None:
+    def tool_events(self, body: dict[str, Any]) -> list[Any]:
+        """A call without arguments has no delta, as the API has it."""
+        events: list[Any] = [
+            {"type": "message_start", "message": {}},
+            {"type": "content_block_start", "index": 0, "content_block": {"type": "thinking", "thinking": ""}},
+            {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": "Hm."}},
+            {"type": "content_block_stop", "index": 0},
+        ]
+        for index, call in enumerate(self.calls(body), 1):
+            block = {"type": "tool_use", "id": call["id"], "name": call["name"], "input": {}}
+            events.append({"type": "content_block_start", "index": index, "content_block": block})
+            parts = re.findall(".{1,6}", call["arguments"]) if call["arguments"] != "{}" else []
+            for part in parts:
+                delta = {"type": "input_json_delta", "partial_json": part}
+                events.append({"type": "content_block_delta", "index": index, "delta": delta})
+            events.append({"type": "content_block_stop", "index": index})
+        return [
+            *events,
+            {"type": "message_delta", "delta": {"stop_reason": "tool_use"}},
+            {"type": "message_stop"},
+        ]
+
+    def stream(self, events: list[Any], *, tools: bool = False) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
         lines = []
-        for event in self.server.change_events(self.path, events):
+        for event in self.server.change_events(self.path + TOOLS * tools, events):
             if isinstance(event, dict) and "type" in event:
                 lines.append(f"event: {event['type']}\n".encode())
             lines.append(f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n".encode())
@@ -227,7 +283,7 @@ class Node:
             "image_digest": DIGEST,
             "gpu_count": 8,
             "headers": {},
-            "timeout": 5,
+            "timeout": 10,
             "ready_timeout": 1,
         }
         self.say("inspect", "sha256:1d")
@@ -275,6 +331,15 @@ def test_all_is_well(node: Node) -> None:
     assert "0 of them from the prefix cache" in checks["second_turn"]["detail"]
     assert checks["gpus_in_container"]["detail"] == "8 GPUs (NVIDIA B200)"
     assert "10 chunks" in checks["streaming"]["detail"]
+    assert re.fullmatch(
+        r"3 facts found at once, each in at least 8[0-4]\d\d prompt tokens", checks["find_fact"]["detail"]
+    )
+    assert re.fullmatch(r"every item right, from token 40\d\d to 41\d\d", checks["long_answer"]["detail"])
+    assert checks["effort"]["detail"] == "low, high answered on both APIs"
+    streamed = (
+        'get_weather({"city": "Paris"}); get_time({}); get_weather({"city": "Oslo"}), get_weather({"city": "Rome"})'
+    )
+    assert checks["tool_call_stream"]["detail"] == checks["messages_tool_stream"]["detail"] == streamed
 
 
 def test_an_open_edge_has_no_keys_to_refuse(node: Node) -> None:
@@ -301,10 +366,14 @@ def test_requests_are_as_the_questions_say(node: Node) -> None:
     node.checks()
     bodies = [body for path, body in node.edge.bodies if path == "/v1/chat/completions" and body]
     assert all(body["temperature"] == 0 and body["max_tokens"] > 0 and body["model"] == MODEL for body in bodies)
-    thinking = [body["messages"][-1]["content"] for body in bodies if "chat_template_kwargs" not in body]
-    assert thinking == [QUESTIONS["thinking"]["prompt"]]
-    codes = [found[1] for body in bodies if (found := re.search(r"is (\d{4})\.", body["messages"][0]["content"]))]
-    assert codes and set(codes) == {codes[0]}
+    thinking = {body["messages"][-1]["content"] for body in bodies if "chat_template_kwargs" not in body}
+    assert thinking == {QUESTIONS["thinking"]["prompt"], QUESTIONS["effort"]["prompt"]}
+    assert sorted(body["reasoning_effort"] for body in bodies if "reasoning_effort" in body) == ["high", "low"]
+    asked = [body for path, body in node.edge.bodies if path == "/v1/messages" and "output_config" in body]
+    assert sorted(body["output_config"]["effort"] for body in asked) == ["high", "low"]
+    prompts = [body["messages"][0]["content"] for body in bodies if len(body["messages"]) == 1]
+    facts = {found[1]: found.start() / len(p) for p in prompts if (found := re.search(r"is (\d{4})\.", p))}
+    assert sorted(facts.values()) == pytest.approx(QUESTIONS["find_fact"]["depths"], abs=0.02)
 
 
 def changed(
@@ -350,13 +419,43 @@ def fails(subcommand: str, error: str) -> Callable[[Node], None]:
 
 
 def chat(name: str) -> Callable[[dict[str, Any]], bool]:
-    return lambda request: asks(name)(request) and request["max_tokens"] != 2048 and len(request["messages"]) == 1
+    """That check's own request alone: others ask the same."""
+    return lambda request: asks(name)(request) and request["max_tokens"] == 64 and len(request["messages"]) == 1
 
 
-CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
 CONTENT_AT = ("choices", 0, "message", "content")
 TOOL_AT = ("choices", 0, "message", "tool_calls")
-CALL = {"function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
+CALL: dict[str, Any] = {"id": "1", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
+
+
+def unstreamed(request: dict[str, Any]) -> bool:
+    return asks("tool_call")(request) and not request.get("stream")
+
+
+def long_prompts(request: dict[str, Any]) -> bool:
+    return words_of(request) > 2048
+
+
+def in_calls(change: Callable[[dict[str, Any]], Any]) -> Callable[[list[Any]], list[Any]]:
+    """A change of each part of a streamed call of the chat API."""
+
+    def of(sent: list[Any]) -> list[Any]:
+        for event in sent:
+            for choice in event.get("choices", []) if isinstance(event, dict) else []:
+                for part in choice["delta"].get("tool_calls", []):
+                    change(part)
+        return sent
+
+    return of
+
+
+def without_calls(sent: list[Any]) -> list[Any]:
+    return [
+        event
+        for event in sent
+        if not (isinstance(event, dict) and (event.get("choices") or [{"delta": {}}])[0]["delta"].get("tool_calls"))
+    ]
+
 
 MUTATIONS: dict[str, tuple[Callable[[Node], None], set[str], str]] = {
     "not healthy": (attribute("health", 503), {"health"}, "HTTP 503"),
@@ -367,17 +466,107 @@ MUTATIONS: dict[str, tuple[Callable[[Node], None], set[str], str]] = {
         {"exact_reply"},
         "answered 'ok!', wanted 'ok'",
     ),
-    "wrong sum": (changed(CONTENT_AT, "41", asks("sum")), {"sum"}, "answered '41', wanted '42'"),
-    "no content": (changed(CONTENT_AT, None, asks("sum")), {"sum"}, "answered '', wanted '42'"),
-    "garbage with HTTP 200": (changed(CONTENT_AT, "!!!!!!!! \u2028 !!!", asks("sum")), {"sum"}, "wanted '42'"),
+    "wrong sum": (changed(CONTENT_AT, "41", chat("sum")), {"sum"}, "answered '41', wanted '42'"),
+    "no content": (changed(CONTENT_AT, None, chat("sum")), {"sum"}, "answered '', wanted '42'"),
+    "garbage with HTTP 200": (changed(CONTENT_AT, "!!!!!!!! \u2028 !!!", chat("sum")), {"sum"}, "wanted '42'"),
     "wrong code": (changed(CONTENT_AT, "0000", asks("find_fact")), {"find_fact"}, "answered '0000', wanted '"),
+    "wrong code at one depth": (
+        changed(CONTENT_AT, "0000", lambda request: request["messages"][0]["content"].find("blue door is") > 20000),
+        {"find_fact"},
+        "tokens: answered '0000'",
+    ),
+    "long prompts are garbage": (
+        changed(CONTENT_AT, "lkj 0 ~~", long_prompts),
+        {"find_fact", "second_turn", "long_answer"},
+        "tokens: answered 'lkj 0 ~~'",
+    ),
+    "one item wrong past 4,096": (
+        changed(CONTENT_AT, QUESTIONS["long_answer"]["expect"].replace("97", "7"), asks("long_answer")),
+        {"long_answer"},
+        "answered '1 2 3",
+    ),
+    "a prompt that is counted short": (
+        changed(("usage", "prompt_tokens"), 7999, asks("find_fact")),
+        {"find_fact"},
+        "the prompt has 7999 tokens, wanted at least 8000",
+    ),
+    "an answer that begins past 4,096": (
+        changed(("usage", "prompt_tokens"), 4097, asks("long_answer")),
+        {"long_answer"},
+        "from token 4097 to 4196, not over 4096",
+    ),
+    "low effort refused": (
+        lambda node: setattr(node.edge, "refuse", lambda body: body.get("reasoning_effort") == "low"),
+        {"effort"},
+        "low on /v1/chat/completions: HTTP 400",
+    ),
+    "low effort on messages answered wrong": (
+        changed(("content",), [{"type": "text", "text": "41"}], lambda request: "output_config" in request),
+        {"effort"},
+        "low on /v1/messages: answered '41'",
+    ),
+    "streamed calls dropped": (events(CHAT + TOOLS, without_calls), {"tool_call_stream"}, "0 tool calls"),
+    "streamed arguments cut": (
+        events(
+            CHAT + TOOLS, in_calls(lambda part: part["function"].update(arguments=part["function"]["arguments"][:5]))
+        ),
+        {"tool_call_stream"},
+        "1 tool calls, get_weather({",
+    ),
+    "streamed call without a name": (
+        events(CHAT + TOOLS, in_calls(lambda part: part["function"].pop("name", None))),
+        {"tool_call_stream"},
+        "None({",
+    ),
+    "streamed calls in one": (
+        events(CHAT + TOOLS, in_calls(lambda part: part.update(index=0))),
+        {"tool_call_stream"},
+        '{"city": "Oslo"}{"city": "Rome"}',
+    ),
+    "streamed calls with one id": (
+        events(CHAT + TOOLS, in_calls(lambda part: part.update(id="call"))),
+        {"tool_call_stream"},
+        "with the ids 'call', 'call'",
+    ),
+    "streamed calls that end as text": (
+        events(
+            CHAT + TOOLS, lambda sent: [*sent[:-3], {"choices": [{"delta": {}, "finish_reason": "stop"}]}, *sent[-2:]]
+        ),
+        {"tool_call_stream"},
+        "ends with 'stop', wanted 'tool_calls'",
+    ),
+    "message calls dropped": (
+        events(MESSAGES + TOOLS, lambda sent: [event for event in sent if not event.get("index")]),
+        {"messages_tool_stream"},
+        "0 tool calls",
+    ),
+    "message arguments cut": (
+        events(
+            MESSAGES + TOOLS, lambda sent: [e for e in sent if "Pa" not in e.get("delta", {}).get("partial_json", "")]
+        ),
+        {"messages_tool_stream"},
+        "get_weather({",
+    ),
+    "message calls that end as text": (
+        events(
+            MESSAGES + TOOLS,
+            lambda sent: [*sent[:-2], {"type": "message_delta", "delta": {"stop_reason": "end_turn"}}, sent[-1]],
+        ),
+        {"messages_tool_stream"},
+        "ends with 'end_turn', wanted 'tool_use'",
+    ),
+    "message calls without an id": (
+        events(MESSAGES + TOOLS, lambda sent: [e.get("content_block", {}).update(id="") or e for e in sent]),
+        {"messages_tool_stream"},
+        "with the ids ''",
+    ),
     "no usage on the second turn": (
         changed(("usage",), {}, lambda request: len(request["messages"]) > 1),
         {"second_turn"},
         "unexpected shape",
     ),
     "another model answers": (changed(("model",), "other"), CONTENT - {"streaming"} | {"messages"}, "model 'other'"),
-    "no choices": (changed(("choices",), [], asks("sum")), {"sum"}, "unexpected shape"),
+    "no choices": (changed(("choices",), [], chat("sum")), {"sum"}, "unexpected shape"),
     "stream in one chunk": (
         events(
             CHAT, lambda sent: [{"choices": [{"delta": {"content": QUESTIONS["streaming"]["expect"]}}]}, *sent[-2:]]
@@ -407,36 +596,50 @@ MUTATIONS: dict[str, tuple[Callable[[Node], None], set[str], str]] = {
         "no reasoning",
     ),
     "wrong answer after thinking": (changed(CONTENT_AT, "fine", asks("thinking")), {"thinking"}, "'fine'"),
-    "no tool call": (changed(TOOL_AT, [], asks("tool_call")), {"tool_call"}, "0 tool calls"),
+    "no tool call": (changed(TOOL_AT, [], unstreamed), {"tool_call"}, "0 tool calls"),
     "another tool": (
-        changed(TOOL_AT, [{"function": {**CALL["function"], "name": "get_time"}}], asks("tool_call")),
+        changed(TOOL_AT, [{**CALL, "function": {**CALL["function"], "name": "get_time"}}], unstreamed),
         {"tool_call"},
         "get_time(",
     ),
     "other arguments": (
-        changed(TOOL_AT, [{"function": {**CALL["function"], "arguments": '{"city": "Rome"}'}}], asks("tool_call")),
+        changed(TOOL_AT, [{**CALL, "function": {**CALL["function"], "arguments": '{"city": "Rome"}'}}], unstreamed),
         {"tool_call"},
         "Rome",
     ),
     "broken arguments": (
-        changed(TOOL_AT, [{"function": {**CALL["function"], "arguments": '{"city"'}}], asks("tool_call")),
+        changed(TOOL_AT, [{**CALL, "function": {**CALL["function"], "arguments": '{"city"'}}], unstreamed),
         {"tool_call"},
         "wanted get_weather",
     ),
     "tool call that ends as text": (
-        changed(("choices", 0, "finish_reason"), "stop", asks("tool_call")),
+        changed(("choices", 0, "finish_reason"), "stop", unstreamed),
         {"tool_call"},
-        "finish_reason",
+        "ends with 'stop'",
     ),
-    "wrong message": (changed(("content",), [{"type": "text", "text": "no"}]), {"messages"}, "answered 'no'"),
+    "wrong message": (changed(("content",), [{"type": "text", "text": "no"}]), {"messages", "effort"}, "answered 'no'"),
     "message stream cut": (events(MESSAGES, lambda sent: sent[:-1]), {"messages_stream"}, "to message_delta"),
     "message stream wrong": (events(MESSAGES, lambda sent: sent[:3] + sent[4:]), {"messages_stream"}, "answered ''"),
     "no message API": (
         attribute("status", {MESSAGES: 404, f"{MESSAGES}/count_tokens": 404}),
-        {"messages", "messages_stream", "count_tokens", "wrong_key_refused"},
+        {
+            "messages",
+            "messages_stream",
+            "messages_tool_stream",
+            "count_tokens",
+            "wrong_key_refused",
+            "effort",
+            "find_fact",
+            "second_turn",
+            "long_answer",
+        },
         "HTTP 404",
     ),
-    "no tokens counted": (attribute("count", 0), {"count_tokens"}, "input_tokens is 0"),
+    "no tokens counted": (
+        attribute("count", lambda words: 0),
+        {"count_tokens", "find_fact", "second_turn", "long_answer"},
+        "input_tokens is 0",
+    ),
     "keys not asked for": (attribute("auth", False), {"missing_key_refused", "wrong_key_refused"}, "must be refused"),
     "inference without a key": (
         attribute("paths_open", {"/invocations"}),
@@ -565,11 +768,23 @@ def test_the_cached_tokens_that_the_engine_tells(node: Node) -> None:
 
 def test_the_fact_is_in_the_prompt_once() -> None:
     question = QUESTIONS["find_fact"]
-    prompts = {verify_endpoint.find_fact_prompt(question, "4711", f"{number:08x}") for number in range(20)}
-    assert len(prompts) == 20
+    prompts = [verify_endpoint.filled(QUESTIONS, question, 20, depth / 19, "4711") for depth in range(20)]
+    assert len(set(prompts)) == 20
     for prompt in prompts:
         assert prompt.count("4711") == 1 and prompt.endswith(question["prompt"])
-        assert prompt.count(question["filler"]) == question["repeat"]
+        assert sum(prompt.count(sentence) for sentence in question["filler"]) == 20
+    assert [prompt.index("4711") for prompt in prompts] == sorted(prompt.index("4711") for prompt in prompts)
+
+
+@pytest.mark.parametrize("per_word", [0.6, 1, 1.4, 2.5])
+def test_prompts_have_their_length_with_any_tokenizer(node: Node, per_word: float) -> None:
+    """Facts in no more than 5 % over what is asked for, and a long answer that begins before its mark."""
+    node.edge.count = lambda words: round(words * per_word) + 9
+    verification = verify_endpoint.Verification(node.params)
+    question = QUESTIONS["find_fact"]
+    for tokens in (question["tokens"] * 1.03, QUESTIONS["long_answer"]["crosses"] - 60):
+        prompt = verify_endpoint.filled(QUESTIONS, question, verification._sentences(question, tokens))
+        assert abs(node.edge.count(len(prompt.split())) - tokens) < 30
 
 
 def test_a_wrong_address_is_refused() -> None:

@@ -2,45 +2,48 @@
 """Records what a running engine answers to the requests that matter here:   record.py URL > answers.json
 
 tests/fixtures/vllm/answers.json was recorded from the engine image with the small checkpoint. The light engine is held
-to the same shapes by tests/unit/test_light.py.
+to the same shapes by tests/images/test_light.py.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import requests
+import yaml
 
 MODEL = "glm-5.2-fp8"
 ASK = {
     "model": MODEL,
     "temperature": 0,
-    "max_tokens": 64,
+    "max_tokens": 128,
     "messages": [{"role": "user", "content": "Reply exactly: ok"}],
 }
 PLAIN = {"chat_template_kwargs": {"enable_thinking": False}}
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
-TOOL = {
-    "messages": [{"role": "user", "content": "What is the weather in Paris? Use the tool."}],
-    "tools": [
-        {
-            "type": "function",
-            "function": {
-                "name": "get_weather",
-                "description": "Get the current weather in a city.",
-                "parameters": {
-                    "type": "object",
-                    "properties": {"city": {"type": "string", "description": "The name of the city."}},
-                    "required": ["city"],
-                },
-            },
-        }
-    ],
-    "tool_choice": "auto",
-}
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+QUESTIONS = yaml.safe_load((Path(__file__).resolve().parents[3] / "roles/verify/files/questions.yml").read_text())
+
+
+def tools(name: str) -> dict[str, Any]:
+    """One of the questions with a tool, as the chat API takes it."""
+    question = QUESTIONS[name]
+    functions = [{"type": "function", "function": tool} for tool in question["tools"]]
+    return {"messages": [{"role": "user", "content": question["prompt"]}], "tools": functions, "tool_choice": "auto"}
+
+
+def anthropic_tools(name: str) -> dict[str, Any]:
+    question = QUESTIONS[name]
+    described = [
+        {"name": tool["name"], "description": tool["description"], "input_schema": tool["parameters"]}
+        for tool in question["tools"]
+    ]
+    return {"messages": [{"role": "user", "content": question["prompt"]}], "tools": described}
+
+
 REQUESTS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "models": ("/v1/models", None),
     "version": ("/version", None),
@@ -48,11 +51,23 @@ REQUESTS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "chat, thinking": (CHAT, ASK),
     "chat, stream": (CHAT, {**ASK, **PLAIN, **STREAM}),
     "chat, thinking, stream": (CHAT, {**ASK, **STREAM}),
-    "tool": (CHAT, {**ASK, **PLAIN, **TOOL}),
-    "tool, stream": (CHAT, {**ASK, **PLAIN, **TOOL, **STREAM}),
+    "chat, low effort": (CHAT, {**ASK, "reasoning_effort": "low"}),
+    "tool": (CHAT, {**ASK, **PLAIN, **tools("tool_call")}),
+    "tool, stream": (CHAT, {**ASK, **PLAIN, **tools("tool_call"), **STREAM}),
+    "tool without arguments, stream": (CHAT, {**ASK, **PLAIN, **tools("tool_call_plain"), **STREAM}),
+    "two calls, stream": (CHAT, {**ASK, **PLAIN, **tools("tool_call_twice"), **STREAM}),
+    "two calls, thinking, stream": (CHAT, {**ASK, **tools("tool_call_twice"), **STREAM}),
     "messages": (MESSAGES, ASK),
     "messages, no thinking": (MESSAGES, {**ASK, **PLAIN}),
     "messages, stream": (MESSAGES, {**ASK, "stream": True}),
+    "messages, low effort": (MESSAGES, {**ASK, "output_config": {"effort": "low"}}),
+    "messages, tool": (MESSAGES, {**ASK, **PLAIN, **anthropic_tools("tool_call")}),
+    "messages, tool, stream": (MESSAGES, {**ASK, **PLAIN, **anthropic_tools("tool_call"), "stream": True}),
+    "messages, tool without arguments, stream": (
+        MESSAGES,
+        {**ASK, **PLAIN, **anthropic_tools("tool_call_plain"), "stream": True},
+    ),
+    "messages, two calls, stream": (MESSAGES, {**ASK, **anthropic_tools("tool_call_twice"), "stream": True}),
     "count_tokens": (f"{MESSAGES}/count_tokens", {name: ASK[name] for name in ("model", "messages")}),
     "chat, other model": (CHAT, {**ASK, "model": "another"}),
     "messages, other model": (MESSAGES, {**ASK, "model": "another"}),

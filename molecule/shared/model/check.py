@@ -28,7 +28,7 @@ class Asker:
         self.model = self.session.get(f"{url}/v1/models", timeout=10).json()["data"][0]["id"]
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        whole = {"model": self.model, "temperature": 0, "max_tokens": 256, **body}
+        whole = {"model": self.model, "temperature": 0, "max_tokens": 512, **body}
         answer = self.session.post(self.url + path, json=whole, timeout=120)
         answer.raise_for_status()
         return answer.json()
@@ -56,14 +56,15 @@ def main() -> None:
     for name, question in yaml.safe_load(QUESTIONS.read_text()).items():
         turn = {"role": "user", "content": question["prompt"]}
         if name == "find_fact":
+            filler = question["filler"]
             for _ in range(options.codes):
                 code = str(random.randrange(1000, 10000))
-                sentences = [question["filler"]] * question["repeat"]
+                sentences = [filler[n % len(filler)] for n in range(question["tokens"] // 14)]
                 sentences.insert(random.randint(0, len(sentences)), question["fact"].format(code=code))
                 content = " ".join([f"[{random.getrandbits(32):08x}]", *sentences, question["prompt"]])
                 expect(name, ask.chat([{"role": "user", "content": content}], False)["content"], code)
         elif name == "agent":
-            tools = [{"type": "function", "function": question["tool"]}]
+            tools = [{"type": "function", "function": tool} for tool in question["tools"]]
             sentences = [f"[{random.getrandbits(32):08x}]", *[question["system"]] * question["repeat"]]
             system = {"role": "system", "content": " ".join(sentences)}
             again = [system, turn, {"role": "assistant", "content": question["expect"]}, turn]
@@ -72,10 +73,22 @@ def main() -> None:
         elif name == "messages":
             blocks = ask.post("/v1/messages", {"messages": [turn]})["content"]
             expect(name, [block["text"] for block in blocks if block["type"] == "text"], [question["expect"]])
-        elif "tool" in question:
-            tools = [{"type": "function", "function": question["tool"]}]
-            calls = ask.chat([turn], question["thinking"], tools=tools)["tool_calls"]
-            expect(name, [json.loads(call["function"]["arguments"]) for call in calls], [question["expect_arguments"]])
+        elif "tools" in question:
+            tools = [{"type": "function", "function": tool} for tool in question["tools"]]
+            called = ask.chat([turn], question["thinking"], tools=tools).get("tool_calls") or []
+            functions = [call["function"] for call in called]
+            seen = [{**function, "arguments": json.loads(function["arguments"])} for function in functions]
+            expect(name, seen, question["expect_calls"])
+            if "fact" in question:
+                code = str(random.randrange(1000, 10000))
+                result = {
+                    "role": "tool",
+                    "tool_call_id": called[0]["id"],
+                    "content": question["fact"].format(code=code),
+                }
+                turns = [turn, {"role": "assistant", "content": "", "tool_calls": called}, result]
+                answered = ask.chat(turns, question["thinking"], tools=tools)["content"]
+                expect(f"{name}, its result", answered.strip(), question["expect"].format(code=code))
         else:
             for thinking in (False, True):
                 message = ask.chat([turn], thinking)
