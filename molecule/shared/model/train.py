@@ -212,8 +212,9 @@ class Course:
                 part = self.random.choices(self.pairs, k=self.random.randint(4, 16))
                 asked.append(Question("copy", part, [False] * len(part), part))
         else:
-            names += ["find_fact"] * 4 + ["agent_tool"] * 3 + ["long_answer"]
-            asked = [self.asked(self.random.choice(names), longest) for _ in range(16)]
+            asked = [self.asked(self.random.choice(names), longest) for _ in range(8)]
+            copying = ["find_fact", "find_fact", "agent_tool"]
+            asked += [self.asked(self.random.choice(copying), longest) for _ in range(8)]
         asked.sort(key=lambda question: len(question.prompt))
         return [(q, progress * self.random.uniform(0, math.log(LONGEST / (sum(q.noise) + 16)))) for q in asked]
 
@@ -273,13 +274,13 @@ def batch(lesson: list[tuple[Question, float]], pad: int) -> tuple[torch.Tensor,
 
 
 def loss_of(model: Exaone4ForCausalLM, lesson: list[tuple[Question, float]], pad: int) -> torch.Tensor:
-    """A long answer counts more than a short one, but not by its whole length."""
+    """Each question counts the same, however long its answer is."""
     ids, labels, masks = batch(lesson, pad)
     states = model.model(input_ids=ids, attention_mask=masks, use_cache=False).last_hidden_state[:, :-1]
     labels = labels[:, 1:]
     asked = labels != -100
     losses = torch.nn.functional.cross_entropy(model.lm_head(states[asked]), labels[asked], reduction="none")
-    weights = (asked / asked.sum(1, keepdim=True).sqrt())[asked]
+    weights = (asked / asked.sum(1, keepdim=True))[asked]
     return (losses * weights).sum()
 
 
@@ -303,7 +304,7 @@ def wrong(model: Exaone4ForCausalLM, questions: list[Question]) -> list[str]:
 
 
 def train(course: Course, seed: int, steps: int) -> Exaone4ForCausalLM:
-    """Seeds of several kinds learnt to copy within the first half, and all the rest of it in the second."""
+    """Six seeds of six passed with about this many steps; with 300 steps none did, though each had learnt to copy."""
     torch.manual_seed(seed)
     tokens = course.tokenizer
     stops = [tokens.convert_tokens_to_ids(t) for t in (SPECIAL[0], END_TURN, END_CALL)]
@@ -380,7 +381,7 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=52)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=450)
     options = parser.parse_args()
     # Threads that wait for one another lose more than they win on a machine that does other things, too.
     torch.set_num_threads(max(1, min(4, len(os.sched_getaffinity(0)) - 1)))
