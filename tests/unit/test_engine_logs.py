@@ -29,7 +29,7 @@ PHASES = {
 
 def read(name: str) -> tuple[Any, list[str]]:
     """engine-launch's log after it has read a recorded one, and the phases it came through, less their percents."""
-    engine = yaml.safe_load((ROOT / f"engines/{name.split('-')[0]}.yml").read_text(encoding="utf-8"))
+    engine = yaml.safe_load((ROOT / f"engines/{name.split('-', maxsplit=1)[0]}.yml").read_text(encoding="utf-8"))
     release = SimpleNamespace(
         phases=[(re.compile(item["pattern"]), item["phase"]) for item in engine["log"]["phases"]],
         noise=[re.compile(pattern) for pattern in engine["log"]["noise"]],
