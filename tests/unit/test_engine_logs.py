@@ -1,0 +1,82 @@
+"""What engine-launch, the watchdog and the benchmark read in what real engines on a GPU have written."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from loading import load_file
+from test_engine_launch import engine_launch
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURES = ROOT / "tests/fixtures/engines"
+VLLM = ["loading weights", "weights loaded", "compiling", "allocating the KV cache"]
+SERVED = [*VLLM, "capturing CUDA graphs", "warming up", "starting the HTTP server"]
+MTP = ["loading weights", "weights loaded", *SERVED]  # the drafting layer is loaded after the model
+PHASES = {
+    "vllm-cuda/reference-cold": SERVED,
+    "vllm-cuda/reference": SERVED,
+    "vllm-cuda/recipe-cold": MTP,
+    "vllm-cuda/recipe-warm": MTP,
+    "vllm-cuda/throughput": MTP,
+    "vllm-cuda/deep-gemm-warmup": [*VLLM, "compiling GEMM kernels"],
+    "vllm-cuda/fp8_e4m3-on-hopper": ["loading weights"],
+}
+
+
+def read(name: str) -> tuple[Any, list[str]]:
+    """engine-launch's log after it has read a recorded one, and the phases it came through, less their percents."""
+    engine = yaml.safe_load((ROOT / f"engines/{name.split('-', maxsplit=1)[0]}.yml").read_text(encoding="utf-8"))
+    release = SimpleNamespace(
+        phases=[(re.compile(item["pattern"]), item["phase"]) for item in engine["log"]["phases"]],
+        noise=[re.compile(pattern) for pattern in engine["log"]["noise"]],
+    )
+    log, phases = engine_launch.Log(release), [""]
+    for line in (FIXTURES / f"{name}.log").read_text(encoding="utf-8").splitlines():
+        plain = engine_launch.ANSI.sub("", line.partition("\t")[2])
+        phase = re.sub(r", \d+ %$", "", log.phase_of(plain) or phases[-1])
+        if plain.strip():
+            log.lines.append(plain)
+        if phase != phases[-1]:
+            phases.append(phase)
+    return log, phases[1:]
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_the_phases_of_a_real_start_are_seen_in_order(name: str) -> None:
+    assert read(name)[1] == PHASES[name]
+
+
+def test_the_phases_of_sglang_are_seen() -> None:
+    phases = read("sglang-cuda/reference-cold")[1]
+    assert phases[:3] == ["loading weights", "weights loaded", "allocating the KV cache"]
+
+
+def test_a_missing_attention_backend_is_the_reason_of_the_end() -> None:
+    assert (
+        read("vllm-cuda/fp8_e4m3-on-hopper")[0]
+        .explanation()
+        .startswith("ValueError: No valid attention backend found for cuda")
+    )
+
+
+@pytest.mark.parametrize("profile", ["reference", "recipe"])
+def test_a_real_engine_reports_every_metric_that_is_read(profile: str) -> None:
+    metrics = yaml.safe_load((ROOT / "engines/vllm.yml").read_text(encoding="utf-8"))["metrics"]
+    names = (FIXTURES / f"vllm-cuda/{profile}-metrics.txt").read_text(encoding="utf-8").splitlines()
+    assert {metrics["running"], metrics["waiting"], metrics["cached"], *metrics["progress"]} <= set(names)
+
+
+def test_a_real_benchmark_holds_every_figure() -> None:
+    benchmark = load_file(ROOT / "plugins/filter/benchmark.py", "benchmark_of_logs")
+    client = yaml.safe_load((ROOT / "engines/vllm/benchmark.yml").read_text(encoding="utf-8"))
+    raw = json.loads((FIXTURES / "vllm-cuda/reference-bench.json").read_text(encoding="utf-8"))
+    workload = {"input_len": 1024, "output_len": 128, "num_prompts": 64, "max_concurrency": 32, "seed": 1}
+    result = benchmark.benchmark_result(raw, client, workload)
+    assert (result["completed"], result["failed"], result["output_tok_s"]) == (64, 0, 366.193)
+    assert all(
+        value is not None for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms") for value in result[name].values()
+    )
