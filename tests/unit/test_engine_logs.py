@@ -13,16 +13,17 @@ from test_engine_launch import engine_launch
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "tests/fixtures/engines"
-VLLM = ["loading weights", "weights loaded", "compiling", "allocating the KV cache"]
-SERVED = [*VLLM, "capturing CUDA graphs", "warming up", "starting the HTTP server"]
-MTP = ["loading weights", "weights loaded", *SERVED]  # the drafting layer is loaded after the model
+LOADED, COMPILED = ["loading weights", "weights loaded"], ["compiling", "profiling memory"]
+SERVING = ["allocating the KV cache", "capturing CUDA graphs", "warming up", "starting the HTTP server"]
+SERVED = [*LOADED, *COMPILED, *SERVING]
+MTP = [*LOADED, *LOADED, *COMPILED, *COMPILED, *SERVING]  # the drafting layer comes after the model
 PHASES = {
     "vllm-cuda/reference-cold": SERVED,
     "vllm-cuda/reference": SERVED,
     "vllm-cuda/recipe-cold": MTP,
     "vllm-cuda/recipe-warm": MTP,
     "vllm-cuda/throughput": MTP,
-    "vllm-cuda/deep-gemm-warmup": [*VLLM, "compiling GEMM kernels"],
+    "vllm-cuda/deep-gemm-warmup": [*LOADED, *COMPILED, "allocating the KV cache", "compiling kernels"],
     "vllm-cuda/fp8_e4m3-on-hopper": ["loading weights"],
 }
 
@@ -37,6 +38,8 @@ def read(name: str) -> tuple[Any, list[str]]:
     log, phases = engine_launch.Log(release), [""]
     for line in (FIXTURES / f"{name}.log").read_text(encoding="utf-8").splitlines():
         plain = engine_launch.ANSI.sub("", line.partition("\t")[2])
+        if plain.startswith("glm: error: "):  # engine-launch's own last word
+            continue
         phase = re.sub(r", \d+ %$", "", log.phase_of(plain) or phases[-1])
         if plain.strip():
             log.lines.append(plain)
@@ -51,8 +54,7 @@ def test_the_phases_of_a_real_start_are_seen_in_order(name: str) -> None:
 
 
 def test_the_phases_of_sglang_are_seen() -> None:
-    phases = read("sglang-cuda/reference-cold")[1]
-    assert phases[:3] == ["loading weights", "weights loaded", "allocating the KV cache"]
+    assert read("sglang-cuda/reference-cold")[1] == [*LOADED, "allocating the KV cache", "capturing CUDA graphs"]
 
 
 def test_a_missing_attention_backend_is_the_reason_of_the_end() -> None:
@@ -61,6 +63,12 @@ def test_a_missing_attention_backend_is_the_reason_of_the_end() -> None:
         .explanation()
         .startswith("ValueError: No valid attention backend found for cuda")
     )
+
+
+@pytest.mark.parametrize("name", ["recipe-cold", "recipe-warm", "throughput"])
+def test_memory_that_ran_out_is_the_reason_of_the_end(name: str) -> None:
+    explained = read(f"vllm-cuda/{name}")[0].explanation()
+    assert explained.startswith("Exception in aoti_torch: CUDA out of memory. Tried to allocate 4.00 GiB")
 
 
 @pytest.mark.parametrize("profile", ["reference", "recipe"])
