@@ -304,7 +304,7 @@ def wrong(model: Exaone4ForCausalLM, questions: list[Question]) -> list[str]:
 
 
 def train(course: Course, seed: int, steps: int) -> Exaone4ForCausalLM:
-    """Six seeds of six passed with about this many steps; with 300 steps none did, though each had learnt to copy."""
+    """Six longer runs (450 or 600 steps) passed the examination; six of 260 and 300 steps did not."""
     torch.manual_seed(seed)
     tokens = course.tokenizer
     stops = [tokens.convert_tokens_to_ids(t) for t in (SPECIAL[0], END_TURN, END_CALL)]
