@@ -224,6 +224,13 @@ def engine_port(c: Context) -> Iterator[Finding]:
     yield from port_in_use(c, c.wanted["engine_port"], "engine", "glm_engine_port", ours)
 
 
+@refusal
+def agent_port(c: Context) -> Iterator[Finding]:
+    port = c.wanted["engine_port"] + 1
+    ours = c.node["ports"].get(str(port), {}).get("unit") == "glm-engine.service"
+    yield from port_in_use(c, port, "agent", "glm_engine_port, which is one less,", ours)
+
+
 def reaches(c: Context, name: str) -> bool:
     return bool(c.node["urls"].get(name, {"ok": True})["ok"])
 

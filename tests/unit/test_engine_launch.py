@@ -1,5 +1,6 @@
 """engine-launch, with programs of the test in the place of `docker` and of the engine."""
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import json
@@ -52,6 +53,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         open(here + "/asked", "a").write(json.dumps(body) + "\\n")
         while os.path.exists(here + "/compiles"): time.sleep(0.05)
+        if os.path.exists(here + "/compiles-later"): open(here + "/compiles", "w")
         self.send_response(200); self.end_headers()
     def do_GET(self):
         self.send_response(200); self.end_headers()
@@ -69,6 +71,17 @@ def end(code):
 """
 
 
+def free_ports() -> int:
+    """The first of two free ports: the engine's, and the one on which its agent speaks."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = int(first.getsockname()[1])
+            with contextlib.suppress(OSError, OverflowError):
+                second.bind(("127.0.0.1", port + 1))
+                return port
+
+
 class Node:
     """A release, a `docker` in PATH and systemd's notification socket."""
 
@@ -80,9 +93,7 @@ class Node:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(str(directory / "notify"))
         self.socket.setblocking(False)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_ports()
         self.process: subprocess.Popen[str] | None = None
 
     def program(self, path: Path, text: str) -> None:
@@ -191,12 +202,10 @@ serve(); time.sleep(60)""")
 
 
 class Agent:
-    """What the edge hears on a release's agent port."""
+    """What the edge hears on the port after the engine's."""
 
-    def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+    def __init__(self, node: Node) -> None:
+        self.port = node.port + 1
 
     def says(self) -> str:
         try:
@@ -213,8 +222,8 @@ class Agent:
 
 
 def test_an_engine_is_warm_before_the_edge_may_use_it(node: Node) -> None:
-    agent = Agent()
-    node.install("time.sleep(1); serve(); time.sleep(60)", warm_up_timeout=60, agent_port=agent.port)
+    agent = Agent(node)
+    node.install("time.sleep(1); serve(); time.sleep(60)", warm_up_timeout=60)
     (node.directory / "compiles").touch()
     process = node.launch()
     agent.wait_for("down #starting the container\n")
@@ -236,31 +245,55 @@ def test_an_engine_is_warm_before_the_edge_may_use_it(node: Node) -> None:
 
 
 def test_an_engine_that_does_not_get_warm_serves_all_the_same(node: Node) -> None:
-    agent = Agent()
-    node.install("serve(); time.sleep(60)", warm_up_timeout=3, agent_port=agent.port)
-    (node.directory / "compiles").touch()
+    node.install("serve(); time.sleep(60)", warm_up_timeout=4)
+    (node.directory / "compiles-later").touch()
     process = node.launch()
     node.wait_for("READY=1")
-    agent.wait_for("up\n")
+    Agent(node).wait_for("up\n")
     process.send_signal(signal.SIGTERM)
     code, output, _ = node.end()
     assert code == 0
+    assert "engine-launch: warming up: the same, greedy: " in output
+    assert "engine-launch: not warm after 4 s" in output
+
+
+def test_an_engine_that_answers_nothing_has_failed_to_start(node: Node) -> None:
+    node.install("serve(); time.sleep(60)", warm_up_timeout=3)
+    (node.directory / "compiles").touch()
+    node.launch()
+    code, output, errors = node.end()
+    assert code == 1
+    assert errors == [
+        "glm: error: the engine is healthy, and there was no answer to a request for 3 s: "
+        "see journalctl -u glm-engine, or raise inference_service_warm_up_timeout"
+    ]
     assert "engine-launch: warming up: a short prompt: 3.0 s, timed out" in output
-    assert "engine-launch: not warm after 3 s: it serves" in output
+    assert "READY=1" not in node.notified()
 
 
-def test_a_taken_agent_port_keeps_no_engine_from_serving(node: Node) -> None:
+def test_the_agent_speaks_for_a_release_of_before(node: Node) -> None:
+    """Its release.json knows no warm-up: the edge, which was told `down` by the start before, hears `up`."""
+    node.install("serve(); time.sleep(60)")
+    process = node.launch()
+    node.wait_for("READY=1")
+    Agent(node).wait_for("up\n")
+    assert not (node.directory / "asked").exists()
+    process.send_signal(signal.SIGTERM)
+    assert node.end()[0] == 0
+
+
+def test_a_taken_agent_port_is_named(node: Node) -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
+        taken.bind(("127.0.0.1", node.port + 1))
         taken.listen()
-        port = taken.getsockname()[1]
-        node.install("serve(); time.sleep(60)", agent_port=port)
-        process = node.launch()
-        node.wait_for("READY=1")
-        process.send_signal(signal.SIGTERM)
-        code, output, _ = node.end()
-    assert code == 0
-    assert f"engine-launch: port {port} cannot be opened (Address already in use): the edge does not wait" in output
+        node.install("serve(); time.sleep(60)")
+        node.launch()
+        code, _, errors = node.end()
+    assert code == 1
+    assert errors == [
+        f"glm: error: port {node.port + 1}, where the edge asks whether the engine is ready, cannot be opened "
+        "(Address already in use): free it, or set glm_engine_port to a port below a free one"
+    ]
 
 
 def test_an_engine_that_exits_at_once(node: Node) -> None:

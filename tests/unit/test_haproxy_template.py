@@ -447,7 +447,7 @@ def test_an_engine_that_is_not_warm_takes_the_checks_of_a_rollout_alone(start: C
 
 
 def test_without_an_agent_the_health_alone_counts(start: Callable[..., Edge]) -> None:
-    """An engine of an older release has none."""
+    """The launcher that runs an engine may be of before."""
     with Engine() as engine:
         node = {"name": "node0", "address": "127.0.0.1", "port": engine.server_port, "agent_port": free_port()}
         edge = start(engines=0, gateway_servers=[node])

@@ -252,6 +252,10 @@ def engine_taken(world: World) -> None:
     world.node["ports"]["8001"].update(listening=True, process="python3", pid=9, unit="session-1.scope")
 
 
+def agent_taken(world: World) -> None:
+    world.node["ports"]["8002"] = {"listening": True, "process": "tritonserver", "pid": 9, "unit": "docker.service"}
+
+
 def no_registry(world: World) -> None:
     world.node["urls"]["registry"].update(ok=False, status=None, error="Connection refused")
 
@@ -319,6 +323,7 @@ FAULTS: list[tuple[Callable[[World], None], str, list[str]]] = [
     (wrong_clock, "clock", ["found -300 s", "at most 10 s", "timedatectl"]),
     (edge_taken, "edge_port", ["port 8000", "nginx (pid 7, nginx.service)", "glm_port"]),
     (engine_taken, "engine_port", ["port 8001", "python3 (pid 9", "glm_engine_port"]),
+    (agent_taken, "agent_port", ["port 8002", "tritonserver (pid 9", "glm_engine_port, which is one less"]),
     (no_registry, "registry", ["registry-1.docker.io", "Connection refused", "glm_registry_mirror"]),
     (hub_ill, "hub", ["huggingface.co", "HTTP 503", "glm_hf_endpoint"]),
     (no_such_image, "image", ["glm52-cu130 is not in the registry", "glm_image"]),
