@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.machinery
 import importlib.util
 import json
@@ -30,6 +31,15 @@ def load(path: Path, name: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up
     loader.exec_module(module)
     return module
+
+
+def test_the_small_checkpoint_was_trained_on_the_questions_of_today() -> None:
+    """Else everybody's first `make demo` trains it: run molecule/shared/model/build, and commit what it names."""
+    model = SHARED / "model"
+    inputs = [*(model / name for name in ("train.py", "chat_template.jinja", "README.model.md"))]
+    inputs.append(ROOT / "roles/verify/files/questions.yml")
+    wanted = hashlib.sha256(b"".join(path.read_bytes() for path in inputs)).hexdigest()[:16]
+    assert (model / "checkpoint/.inputs").read_text().strip() == wanted
 
 
 @pytest.fixture(name="smi")
