@@ -103,6 +103,14 @@ def listed_names(names: Sequence[str], engine: Mapping[str, Any]) -> list[str]:
     return list(names[:1] if engine["listed_names"] == "first" else names)
 
 
+def shown_metrics(engine: Mapping[str, Any]) -> list[str]:
+    """The names of the metrics that the engine shows from its start on, without the labels of a selection."""
+    late = ("path", *engine["late_metrics"])
+    values = [value for key, value in engine["metrics"].items() if key not in late]
+    names = [name for value in values for name in ([value] if isinstance(value, str) else value)]
+    return [name.partition("{")[0] for name in names]
+
+
 def engine_problems(engine: Mapping[str, Any], profile: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """What is wrong with the flags and the environment, one line each. `settings` is as for engine_flags."""
     names = list(settings.get("served_model_names") or [])
@@ -374,4 +382,5 @@ class FilterModule:
             "release_id": release_id,
             "release_links": release_links,
             "release_plan": release_plan,
+            "shown_metrics": shown_metrics,
         }

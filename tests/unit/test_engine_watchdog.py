@@ -343,12 +343,20 @@ def test_sglang_has_the_time_to_compile_in_its_first_steps(tmp_path: Path) -> No
 
 def test_a_check_of_health_is_no_work(tmp_path: Path) -> None:
     node = Node(tmp_path, "sglang")
+    progress = node.names["progress"]
     node.works()
     assert node.metrics is not None
     node.metrics['sglang:http_requests_active{endpoint="/health",method="GET"}'] = 1
     node.look(NEVER)
     assert memory(node)["idle"] is True
     node.metrics['sglang:http_requests_active{endpoint="/v1/messages",method="POST"}'] = 1
+    node.look(NEVER)
+    assert memory(node)["idle"] is False
+    # A release that calls the label something else.
+    node.metrics = {
+        'sglang:http_requests_active{endpoint="/v1/messages",verb="POST"}': 1,
+        **dict.fromkeys(progress, 7.0),
+    }
     node.look(NEVER)
     assert memory(node)["idle"] is False
     node.server.shutdown()

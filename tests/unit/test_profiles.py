@@ -103,5 +103,21 @@ def test_a_flag_that_the_deployment_needs_is_kept(path: Path) -> None:
         assert release.engine_problems(engine, bare, SETTINGS) == [line.replace("glm_engine_extra_args", "the profile")]
 
 
+@pytest.mark.parametrize(
+    ("engine", "names"),
+    [
+        (
+            "vllm",
+            "num_requests_running num_requests_waiting generation_tokens_total prompt_tokens_total kv_cache_usage_perc "
+            "prefix_cache_hits_total",
+        ),
+        ("sglang", "http_requests_active realtime_tokens_total"),
+    ],
+)
+def test_metrics_that_an_engine_shows_from_its_start_on(engine: str, names: str) -> None:
+    """SGLang's counter of cached tokens comes with the first hit."""
+    assert release.shown_metrics(load(ENGINES / f"{engine}.yml")) == [f"{engine}:{name}" for name in names.split()]
+
+
 def test_sglang_keeps_its_metrics() -> None:
     assert "--enable-metrics" in load(ENGINES / "sglang.yml")["required_flags"]
