@@ -63,6 +63,14 @@ def test_kv_cache_in_the_memory_of_a_b200_node(path: Path) -> None:
     assert f"set {flag}: {500 if engine['host_cache']['of'] == 'node' else 62} in" in finding["line"]
 
 
+def test_sglangs_kv_cache_in_the_nodes_memory_needs_a_size() -> None:
+    """Without one it is a multiple of the GPUs' own, which a run cannot judge."""
+    engine, profile = load(ENGINES / "sglang.yml"), load(ENGINES / "sglang/profiles/agentic.yml")
+    settings = {"extra_args": {"--enable-hierarchical-cache": True, "--hicache-ratio": 4}}
+    [finding] = release.host_cache_findings(engine, profile, settings, 2900 * 1024**3, 8)
+    assert "set --hicache-size: 181 in glm_engine_extra_args" in finding["line"]
+
+
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
 def test_profile(path: Path) -> None:
     engine, profile = load(ENGINES / f"{path.parts[-3]}.yml"), load(path)
