@@ -261,7 +261,7 @@ def test_metrics_that_do_not_answer_are_a_stall(node: Node) -> None:
     node.metrics = None
     node.look(NEVER)
     done = node.look(AT_ONCE)
-    assert "its metrics have not answered for 0 s" in done.stdout
+    assert re.search(r"its metrics have not answered for \d+ s", done.stdout)
     assert node.restarts() == 1
 
 
