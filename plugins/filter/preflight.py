@@ -11,10 +11,8 @@ from typing import Any
 
 # Ansible loads a filter by its file and puts no folder of a project's own on the path.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "module_utils"))
-from findings import GIB, Finding, gib, listed, same_version, versions
+from findings import FIRST_BRANCH_OF_CUDA, GIB, Finding, gib, listed, same_version, versions
 
-# Where the loaded driver does not tell which CUDA it supports: the first branch of each CUDA major version.
-FIRST_BRANCH_OF_CUDA = {12: 525, 13: 580}
 # In the errors of image_digest and hub_manifest; a node that does not get there either says so itself.
 NOT_REACHED = "cannot be reached"
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ansible.errors import AnsibleFilterError
 
 # Ansible loads a filter by its file and puts no folder of a project's own on the path.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "module_utils"))
-from findings import GIB, Finding, versions
+from findings import FIRST_BRANCH_OF_CUDA, GIB, Finding, versions
 
 UNIT = "glm-engine.service"
 Flags = list[list[str]]  # one list of words a flag
@@ -30,6 +31,17 @@ def engine_image(engine: Mapping[str, Any], driver_branch: int | str) -> str:
             f"{engine['name']} has no image for driver {driver_branch}: it needs {min(images)} or newer"
         )
     return images[max(fitting)]
+
+
+def cuda_compat_env(engine: Mapping[str, Any], cuda: str | None, driver_branch: int | str) -> dict[str, str]:
+    """What an image needs to run on its own CUDA libraries, where its CUDA is too new for the driver branch.
+
+    In front of a driver that is new enough these libraries would be the older ones, with which CUDA does not start. An
+    image that does not say its CUDA counts as one for the newest that is known.
+    """
+    major = versions(cuda)[0] if cuda else max(FIRST_BRANCH_OF_CUDA)
+    fits = major in FIRST_BRANCH_OF_CUDA and FIRST_BRANCH_OF_CUDA[major] <= int(driver_branch)
+    return {} if fits else dict(engine["cuda_compat_env"])
 
 
 def context_findings(
@@ -60,6 +72,17 @@ def host_cache_findings(
     value, where = _chosen(engine, profile, settings, flag)
     most = memory // 2 // GIB
     size = re.fullmatch(r"\d+(\.\d+)?", str(value))  # the engine's own parser refuses anything else
+    switch = engine["host_cache"]["switch"]
+    on, switched = _chosen(engine, profile, settings, switch) if switch else (None, "")
+    if on not in (None, False) and not (size and float(size[0])):
+        return [
+            Finding(
+                "host_cache",
+                f"{switched} wants KV cache in the node's memory without a limit (found {switch} without {flag}, "
+                f"wanted at most {most} GiB in all)",
+                f"set {flag}: {most // parts} in glm_engine_extra_args, or {switch}: false to keep none there",
+            ).as_dict()
+        ]
     if not size or float(size[0]) * parts <= most:
         return []
     each = f"{value} GiB" + (f" for each of {parts} GPUs" if parts > 1 else "")
@@ -101,6 +124,14 @@ def tokens(value: Any) -> int | None:
 def listed_names(names: Sequence[str], engine: Mapping[str, Any]) -> list[str]:
     """Those of the served names that the engine is started with and lists."""
     return list(names[:1] if engine["listed_names"] == "first" else names)
+
+
+def shown_metrics(engine: Mapping[str, Any]) -> list[str]:
+    """The names of the metrics that the engine shows from its start on, without the labels of a selection."""
+    late = ("path", *engine["late_metrics"])
+    values = [value for key, value in engine["metrics"].items() if key not in late]
+    names = [name for value in values for name in ([value] if isinstance(value, str) else value)]
+    return [name.partition("{")[0] for name in names]
 
 
 def engine_problems(engine: Mapping[str, Any], profile: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
@@ -278,6 +309,11 @@ def _canonical(engine: Mapping[str, Any], flag: str) -> str:
     return f"{aliases.get(name, name)}{dot}{rest}"
 
 
+def _means(flag: str, name: str) -> bool:
+    """Whether an engine may take a flag for the one of this name: argparse knows one by its beginning, too."""
+    return flag == name or (flag.startswith("--") and name.startswith(flag))
+
+
 def _flag_problems(engine: Mapping[str, Any], flags: Mapping[str, Any], where: str) -> list[str]:
     reserved: Mapping[str, str] = engine.get("reserved") or {}
     seen: dict[str, str] = {}
@@ -287,8 +323,9 @@ def _flag_problems(engine: Mapping[str, Any], flags: Mapping[str, Any], where: s
             problems.append(f"{where}: {flag!r} is not a flag: write it as --name")
             continue
         canonical = _canonical(engine, flag)
-        if canonical in reserved:
-            problems.append(f"{where}: {flag} is not for here: set {reserved[canonical]}")
+        for name in filter(partial(_means, canonical), reserved):
+            shown = flag if canonical == name else f"{flag}, short for {name},"
+            problems.append(f"{where}: {shown} is not for here: set {reserved[name]}")
         if canonical in seen:
             problems.append(f"{where}: {seen[canonical]} and {flag} are the same flag: keep one of them")
         seen[canonical] = flag
@@ -308,14 +345,19 @@ def _missing_flags(engine: Mapping[str, Any], profile: Mapping[str, Any], settin
 def _refused(engine: Mapping[str, Any], profile: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """What would hand the node to whoever may send a request."""
     problems = []
-    for flag, reason in (engine.get("refused_flags") or {}).items():
-        value, where = _chosen(engine, profile, settings, flag)
-        if value not in (None, False):
-            problems.append(f"{where}: {flag} is refused: {reason}: remove it")
-    environment = {**(profile.get("env") or {}), **(settings.get("extra_env") or {})}
+    given = {_canonical(engine, flag) for part in _parts(engine, profile, settings).values() for flag in part}
+    for name, reason in (engine.get("refused_flags") or {}).items():
+        for flag in sorted(flag for flag in given if _means(flag, name)):
+            value, where = _chosen(engine, profile, settings, flag)
+            if value not in (None, False):
+                shown = flag if flag == name else f"{flag}, short for {name},"
+                problems.append(f"{where}: {shown} is refused: {reason}: remove it")
+    sources = {"glm_engine_extra_env": settings.get("extra_env") or {}, "the profile": profile.get("env") or {}}
     for name, reason in (engine.get("refused_env") or {}).items():
-        if str(environment.get(name, "")).lower() in ("1", "true"):
-            problems.append(f"glm_engine_extra_env: {name} is refused: {reason}: remove it")
+        where, value = next(((where, part[name]) for where, part in sources.items() if name in part), ("", None))
+        # The engines strip it, and each has its own words for yes.
+        if value is not None and str(value).strip().lower() not in ("", "0", "false"):
+            problems.append(f"{where}: {name} is refused: {reason}: remove it")
     return problems
 
 
@@ -364,6 +406,7 @@ class FilterModule:
         return {
             "command_lines": command_lines,
             "context_findings": context_findings,
+            "cuda_compat_env": cuda_compat_env,
             "engine_flags": engine_flags,
             "engine_image": engine_image,
             "engine_problems": engine_problems,
@@ -374,4 +417,5 @@ class FilterModule:
             "release_id": release_id,
             "release_links": release_links,
             "release_plan": release_plan,
+            "shown_metrics": shown_metrics,
         }

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 GIB = 1024**3
+# The first driver branch of each CUDA major version, for where the loaded driver does not tell what it supports.
+FIRST_BRANCH_OF_CUDA = {12: 525, 13: 580}
 
 
 @dataclass(frozen=True)

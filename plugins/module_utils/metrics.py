@@ -26,9 +26,14 @@ def samples(text: str) -> dict[str, float]:
 
 
 def total(text: str, selector: str) -> float:
-    """Sum of a metric's samples, such as requests, or of those with a label, such as requests{method="POST"}."""
+    """Sum of a metric's samples, such as requests, or of those with a label, such as requests{method="POST"}.
+
+    All count where none has a label of that name: an engine that calls it something else has not become idle.
+    """
     wanted, _, label = selector.rstrip("}").partition("{")
-    return sum(value for name, labels, value in series(text) if name == wanted and label in labels)
+    found = [(labels, value) for name, labels, value in series(text) if name == wanted]
+    known = any(label.partition("=")[0] + "=" in labels for labels, _ in found)
+    return sum(value for labels, value in found if label in labels or not known)
 
 
 def load(url: str, running: str, waiting: str, timeout: float = 10) -> dict[str, Any]:

@@ -23,7 +23,16 @@ def test_samples_are_summed_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("selector", "value"),
-    [("requests", 7.0), ('requests{method="POST"}', 3.0), ("tokens_total", 7.0), ("request", 0.0), ("", 0.0)],
+    [
+        ("requests", 7.0),
+        ('requests{method="POST"}', 3.0),
+        ('requests{method="PUT"}', 0.0),
+        ('requests{verb="POST"}', 7.0),  # the label has another name by now
+        ("tokens_total", 7.0),
+        ("request", 0.0),
+        ('request{method="POST"}', 0.0),
+        ("", 0.0),
+    ],
 )
 def test_a_selector_takes_a_part(selector: str, value: float) -> None:
     assert metrics.total(TEXT, selector) == value

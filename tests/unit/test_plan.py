@@ -67,9 +67,15 @@ def test_the_reference_is_the_guides_command_and_each_difference_is_told(engine:
     assert silent == set()
 
 
-@pytest.mark.parametrize("allowed", ["true", "false"])
-def test_cuda_compatibility_is_set_in_the_image_too(allowed: str) -> None:
-    lines = plan(glm_allow_cuda_compat=allowed, glm_profile="agentic", glm_weights_loader="multithread")
-    assert ("VLLM_ENABLE_CUDA_COMPATIBILITY=1" in lines) == (allowed == "true")
+@pytest.mark.parametrize(("allowed", "branch"), [("true", 570), ("true", 580), ("false", 570)])
+def test_cuda_compatibility_is_set_in_the_image_too(allowed: str, branch: int) -> None:
+    """But not in front of a driver that is new enough."""
+    lines = plan(
+        glm_allow_cuda_compat=allowed,
+        glm_driver_branch=str(branch),
+        glm_profile="agentic",
+        glm_weights_loader="multithread",
+    )
+    assert ("VLLM_ENABLE_CUDA_COMPATIBILITY=1" in lines) == (allowed == "true" and branch == 570)
     assert "--kv-offloading-size 1024 \\" in lines
     assert """--model-loader-extra-config '{"enable_multithread_load": true}'""" in lines

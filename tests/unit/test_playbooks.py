@@ -91,6 +91,30 @@ def test_no_wave_follows_a_no_where_a_node_had_failed_before(tmp_path: Path, fac
     assert re.search(f"msg: .*next: its turn did not come.*{said}", run.stdout), run.stdout
 
 
+@pytest.mark.parametrize(
+    ("playbook", "refuses"),
+    [
+        ("site.yml", True),
+        ("playbooks/plan.yml", True),
+        *((f"playbooks/{name}.yml", False) for name in ("rollback", "verify", "status")),
+    ],
+)
+def test_flags_are_refused_where_a_release_is_made_and_nowhere_else(
+    playbook: str, refuses: bool, tmp_path: Path
+) -> None:
+    """A node can be looked at and taken back whatever the inventory wants of the next release."""
+    inventory = tmp_path / "hosts.yml"
+    settings = {"glm_port": 8002, "glm_engine_extra_args": {"--max-model-len": 131_000}}
+    hosts = {"node-a": {"ansible_host": "127.0.0.1", "ansible_port": 1}}  # nobody listens there
+    inventory.write_text(yaml.safe_dump({"nodes": {"hosts": hosts, "vars": settings}}))
+    command = [str(Path(sys.executable).parent / "ansible-playbook"), playbook, "-i", str(inventory)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    said = "unreachable=0" if refuses else "unreachable=1"
+    assert said in run.stdout
+    assert ("the engine cannot be started like this" in run.stdout + run.stderr) is refuses
+    assert ("8002 is the port after" in run.stdout + run.stderr) is refuses
+
+
 def test_settings_that_are_used_are_those_that_are_specified() -> None:
     spec = yaml.safe_load((ROOT / "roles/glm/meta/argument_specs.yml").read_text())
     known = set(spec["argument_specs"]["main"]["options"])

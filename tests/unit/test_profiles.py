@@ -63,6 +63,14 @@ def test_kv_cache_in_the_memory_of_a_b200_node(path: Path) -> None:
     assert f"set {flag}: {500 if engine['host_cache']['of'] == 'node' else 62} in" in finding["line"]
 
 
+def test_sglangs_kv_cache_in_the_nodes_memory_needs_a_size() -> None:
+    """Without one it is a multiple of the GPUs' own, which a run cannot judge."""
+    engine, profile = load(ENGINES / "sglang.yml"), load(ENGINES / "sglang/profiles/agentic.yml")
+    settings = {"extra_args": {"--enable-hierarchical-cache": True, "--hicache-ratio": 4}}
+    [finding] = release.host_cache_findings(engine, profile, settings, 2900 * 1024**3, 8)
+    assert "set --hicache-size: 181 in glm_engine_extra_args" in finding["line"]
+
+
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
 def test_profile(path: Path) -> None:
     engine, profile = load(ENGINES / f"{path.parts[-3]}.yml"), load(path)
@@ -101,6 +109,22 @@ def test_a_flag_that_the_deployment_needs_is_kept(path: Path) -> None:
         assert release.engine_problems(engine, reference, without) == [line]
         bare = {**reference, "flags": {name: value for name, value in reference["flags"].items() if name != flag}}
         assert release.engine_problems(engine, bare, SETTINGS) == [line.replace("glm_engine_extra_args", "the profile")]
+
+
+@pytest.mark.parametrize(
+    ("engine", "names"),
+    [
+        (
+            "vllm",
+            "num_requests_running num_requests_waiting generation_tokens_total prompt_tokens_total kv_cache_usage_perc "
+            "prefix_cache_hits_total",
+        ),
+        ("sglang", "http_requests_active realtime_tokens_total"),
+    ],
+)
+def test_metrics_that_an_engine_shows_from_its_start_on(engine: str, names: str) -> None:
+    """SGLang's counter of cached tokens comes with the first hit."""
+    assert release.shown_metrics(load(ENGINES / f"{engine}.yml")) == [f"{engine}:{name}" for name in names.split()]
 
 
 def test_sglang_keeps_its_metrics() -> None:

@@ -26,7 +26,8 @@ ENGINE: dict[str, Any] = {
     "refused_env": {"OPEN_DOOR": "anybody comes in"},
     "releases": {"first": "0.23", "last": "0.33"},
     "loaders": {"default": {}, "fast": {"--load-format": "fast", "--kv-cache-dtype": "bf16"}},
-    "host_cache": {"flag": "--kv-offloading-size", "of": "node"},
+    "host_cache": {"flag": "--kv-offloading-size", "of": "node", "switch": ""},
+    "cuda_compat_env": {"OWN_CUDA": "1"},
     "reserved": {"--port": "glm_engine_port"},
     "aliases": {"--tp": "--tensor-parallel-size", "-tp": "--tensor-parallel-size"},
     "repeated_flags": ["--middleware"],
@@ -132,6 +133,10 @@ def test_kinds_of_values() -> None:
         ),
         ({"extra_args": {"--port": 1}}, "glm_engine_extra_args: --port is not for here: set glm_engine_port"),
         (
+            {"extra_args": {"--por": 1}},
+            "glm_engine_extra_args: --por, short for --port, is not for here: set glm_engine_port",
+        ),
+        (
             {"extra_args": {"max-model-len": 1}},
             "glm_engine_extra_args: 'max-model-len' is not a flag: write it as --name",
         ),
@@ -149,8 +154,20 @@ def test_kinds_of_values() -> None:
             "glm_engine_extra_args: --enable-open-door is refused: anybody comes in: remove it",
         ),
         (
+            {"extra_args": {"--enable_open": True}},
+            "glm_engine_extra_args: --enable-open, short for --enable-open-door, is refused: anybody comes in: "
+            "remove it",
+        ),
+        (
             {"extra_env": {"OPEN_DOOR": True}},
             "glm_engine_extra_env: OPEN_DOOR is refused: anybody comes in: remove it",
+        ),
+        *(
+            (
+                {"extra_env": {"OPEN_DOOR": value}},
+                "glm_engine_extra_env: OPEN_DOOR is refused: anybody comes in: remove it",
+            )
+            for value in (" 1", 1, "2", "True ", "yes")
         ),
         (
             {"extra_args": {"--max-model-len": 200_000}},
@@ -325,12 +342,23 @@ def test_listed_names() -> None:
         {"extra_args": {"--max-model-len": 1_048_576}},
         {"extra_args": {"--max-model-len": 200_000}, "image": "vllm/vllm-openai:v0.33.0"},
         {"extra_args": {"--enable-open-door": False}},
-        {"extra_env": {"OPEN_DOOR": "0"}},
+        {"extra_args": {"--enable-open": False}},
+        {"extra_args": {"--enable-open-door-mat": True}},
+        *({"extra_env": {"OPEN_DOOR": value}} for value in ("0", 0, False, " False", "", None)),
         {"weights_loader": "fast"},
     ],
 )
 def test_what_is_not_refused(changes: dict[str, Any]) -> None:
     assert problems(**changes) == []
+
+
+def test_what_a_profile_opens_is_refused_there_and_a_user_may_close_it() -> None:
+    line = "the profile: {} is refused: anybody comes in: remove it"
+    profile = {"flags": {"--enable-open-door": True}, "env": {"OPEN_DOOR": "1"}}
+    wanted = [line.format("--enable-open-door"), line.format("OPEN_DOOR")]
+    assert release.engine_problems(ENGINE, profile, settings()) == wanted
+    closed = settings(extra_args={"--enable-open-door": False}, extra_env={"OPEN_DOOR": "0"})
+    assert release.engine_problems(ENGINE, profile, closed) == []
 
 
 def test_the_model_is_positional_where_its_flag_is_deprecated() -> None:
@@ -369,10 +397,48 @@ def test_a_loader_adds_its_flags_and_a_user_has_the_last_word() -> None:
     ],
 )
 def test_kv_cache_in_the_nodes_memory(value: Any, of: str, memory: int, line: str | None) -> None:
-    engine = {**ENGINE, "host_cache": {"flag": "--kv-offloading-size", "of": of}}
+    engine = {**ENGINE, "host_cache": {**ENGINE["host_cache"], "of": of}}
     chosen = {"extra_args": {"--kv-offloading-size": value}}
     found = release.host_cache_findings(engine, PROFILE, chosen, memory * 1024**3, 8)
     assert [finding["line"] for finding in found] == ([line] if line else [])
+
+
+@pytest.mark.parametrize(
+    ("extra", "limited"),
+    [
+        ({"--cache-on": True}, False),
+        ({"--cache-on": True, "--kv-offloading-size": 0}, False),
+        ({"--cache-on": True, "--kv-offloading-size": False}, False),
+        ({"--cache-on": True, "--kv-offloading-size": 32}, True),
+        ({"--cache-on": False}, True),
+        ({}, True),
+    ],
+)
+def test_kv_cache_in_the_nodes_memory_has_a_limit(extra: dict[str, Any], limited: bool) -> None:
+    engine = {**ENGINE, "host_cache": {"flag": "--kv-offloading-size", "of": "gpu", "switch": "--cache-on"}}
+    found = release.host_cache_findings(engine, PROFILE, {"extra_args": extra}, 512 * 1024**3, 8)
+    line = (
+        "host_cache: glm_engine_extra_args wants KV cache in the node's memory without a limit (found --cache-on "
+        "without --kv-offloading-size, wanted at most 256 GiB in all): set --kv-offloading-size: 32 in "
+        "glm_engine_extra_args, or --cache-on: false to keep none there"
+    )
+    assert [finding["line"] for finding in found] == ([] if limited else [line])
+
+
+@pytest.mark.parametrize(
+    ("cuda", "branch", "needed"),
+    [
+        ("13.0.1", 570, True),
+        ("13.0.1", "580", False),
+        ("12.9", 570, False),
+        ("12.9", 580, False),
+        ("14.0", 580, True),
+        (None, 570, True),
+        ("", 580, False),
+    ],
+)
+def test_an_images_own_cuda_is_for_an_older_driver_alone(cuda: str | None, branch: Any, needed: bool) -> None:
+    assert release.cuda_compat_env(ENGINE, cuda, branch) == ({"OWN_CUDA": "1"} if needed else {})
 
 
 @pytest.mark.parametrize(

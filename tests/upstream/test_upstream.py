@@ -24,6 +24,7 @@ FALSE = {
     ("variable", "SGLANG_NO_SUCH_VARIABLE"),
     ("metric", "vllm:no_such_total"),
     ("metric", "sglang:no_such"),
+    ("metric", 'sglang:http_requests_active{verb="POST"}'),
     ("path", "/v1/no_such"),
     ("noise", "the engine never writes this line"),
     ("benchmark option", "--no-such-option"),
@@ -89,9 +90,9 @@ def test_no_explanation_is_out_of_date() -> None:
 @pytest.mark.parametrize("engine", beliefs.ENGINES)
 def test_the_pins_span_the_releases_that_the_engines_file_names(engine: str) -> None:
     pins = [version for name, version in RELEASES if name == engine]
-    named = beliefs.data(beliefs.ROOT / f"engines/{engine}.yml").get("releases", {})
-    assert pins[0].startswith(named.get("first", ""))
-    assert pins[-1].startswith(named.get("last", ""))
+    named = beliefs.data(beliefs.ROOT / f"engines/{engine}.yml")["releases"]
+    assert pins[0].startswith(named["first"])
+    assert pins[-1].startswith(named["last"])
 
 
 def test_another_layout_is_told_from_what_is_missing() -> None:
@@ -108,6 +109,13 @@ def test_a_name_in_a_comment_or_a_text_is_not_found() -> None:
     assert readers.http_paths(package) == {}
     assert readers.metric(package, "vllm:requests") is None
     assert readers.variable(package, "VLLM_A") is None
+
+
+def test_a_metric_is_found_with_the_labels_that_it_has() -> None:
+    text = 'Gauge(name="sglang:active", documentation="", labelnames=["endpoint", "method"])\n'
+    package = archives.Package("sglang", "99.0", {"sglang/a.py": text})
+    assert readers.metric(package, 'sglang:active{method="POST"}') is not None
+    assert readers.metric(package, 'sglang:active{verb="POST"}') is None
 
 
 def test_log_lines_are_filled_in_as_the_engine_would() -> None:
