@@ -92,9 +92,9 @@ STREAM_PAUSES = (0.2, 0.5, 1, 3)  # seconds before another look: a node that is 
 EXEC_PAUSES = (1, 3)  # seconds before another try where the container runtime, not the program, could not start
 REFUSALS = (401, 403, 404)
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
-# At most so many chains of checks at once. With the facts, which are asked beside one another, that makes 8 requests: a
-# node that takes one at a time answers the last of them within its time, too.
-CHAINS_AT_ONCE = 6
+# So many chains of checks at once: one asks for three facts beside one another, and one by both APIs, so that at most 8
+# requests are under way. A node that takes one at a time answers the last of them within its time, too.
+CHAINS_AT_ONCE = 5
 SPARSE = 2048  # keys that sparse attention selects: it is reached by longer prompts alone
 # What a prompt of the facts leaves of the window: for the answers, and for the second turn's question.
 FACT_ROOM = 160
@@ -326,9 +326,8 @@ class Verification:
 
     def check_effort(self) -> str:
         question = self.questions["effort"]
-        asked = [(path, effort) for path in (CHAT, MESSAGES) for effort in question["efforts"]]
-        for one in asked:  # one after another: each may think for long
-            self._one_effort(one)
+        for effort in question["efforts"]:  # one after another: each may think for long
+            beside(self._one_effort, [(path, effort) for path in (CHAT, MESSAGES)])
         return f"{', '.join(question['efforts'])} answered on both APIs"
 
     def _one_effort(self, asked: tuple[str, str]) -> None:
