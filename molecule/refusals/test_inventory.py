@@ -30,6 +30,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         ["glm_profile: sglang has no profile recipe: set one of agentic, balanced, high-throughput, low-latency, "
          "reference"],
     ),
+    "an expectation that no check reads": (
+        HOSTS,
+        {"glm_verify_expectations": {"sum": {"expects": "43"}}},
+        ["glm_verify_expectations: sum has no expects: did you mean expect?"],
+    ),
     "SGLang without its metrics": (
         HOSTS,
         {"glm_engine": "sglang", "glm_engine_extra_args": {"--enable-metrics": False}},

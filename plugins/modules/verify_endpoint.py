@@ -26,6 +26,9 @@ description:
   - No answer is asked for twice. Only the edge is given some seconds to see that the engine is ready, and a stream that
     came in one piece is asked for again, since a busy machine may bunch one, while a buffer holds back every one.
   - Prompts that must have a length are sized by the engine's own count of tokens, and the answer's usage proves it.
+  - In a small window, as C(/v1/models) tells it in C(max_model_len), the long prompts are shorter, and C(find_fact)
+    says so. C(long_answer) is left out where the window ends before it would, and C(models_list) says so.
+  - At most 8 requests are made at once, since a node may take one at a time.
   - Requests go through the edge with the key, as a client's do; the temperature is 0.
   - A failed check is a result, not a failure of the module. Changes nothing.
 options:
@@ -49,7 +52,7 @@ options:
     description: Paths that the edge must refuse.
     type: list
     elements: str
-    default: [/tokenize, /invocations]
+    default: [/tokenize, /invocations, /v1/load_lora_adapter, /v1/unload_lora_adapter, /v1/loads]
   unit: {description: The engine's systemd unit., type: str, default: glm-engine.service}
   container: {description: The engine's container., type: str, default: glm-engine}
   image_digest: {description: 'Digest (C(sha256:...)) that the container must run.', type: str, required: true}
@@ -89,6 +92,13 @@ STREAM_PAUSES = (0.2, 0.5, 1, 3)  # seconds before another look: a node that is 
 EXEC_PAUSES = (1, 3)  # seconds before another try where the container runtime, not the program, could not start
 REFUSALS = (401, 403, 404)
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+# So many chains of checks at once: one asks for three facts beside one another, and one by both APIs, so that at most 8
+# requests are under way. A node that takes one at a time answers the last of them within its time, too.
+CHAINS_AT_ONCE = 5
+SPARSE = 2048  # keys that sparse attention selects: it is reached by longer prompts alone
+# What a prompt of the facts leaves of the window: for the answers, and for the second turn's question.
+FACT_ROOM = 160
+LONG_ANSWER = 512
 TOOL_QUESTIONS = ("tool_call", "tool_call_plain", "tool_call_twice")  # with arguments, without, two in one turn
 
 
@@ -101,19 +111,20 @@ class Verification:
         self.model, *self.other_models = params["models"]
         self.edge = Server(params["url"], params["timeout"], params["headers"])
         self.engine = Server(params["engine_url"], params["timeout"])
+        self.window: int | None = None  # tokens of a prompt and its answer, where the list of models tells it
         self.facts: list[tuple[str, str]] = []  # the long prompts of find_fact, each with its code
         self.keys = {"Authorization": f"Bearer {params['api_key']}"} if params["auth"] == "keys" else {}
 
     def run(self) -> list[dict[str, Any]]:
         named = [["other_names"]] if self.other_models else []
         guarded = [["missing_key_refused"], ["wrong_key_refused"]] if self.params["auth"] == "keys" else []
+        alone = self._chain(["health", "streaming", "models_list"])  # other requests would disturb the stream's times
         chains = [
-            ["models_list"],
             *named,
             ["exact_reply"],
             ["sum"],
             ["find_fact", "second_turn"],
-            ["long_answer"],
+            *([["long_answer"]] if self._holds_long_answer() else []),
             ["thinking"],
             ["effort"],
             ["tool_call"],
@@ -130,8 +141,7 @@ class Verification:
             ["unit_state"],
             ["gpus_in_container"],
         ]
-        alone = self._chain(["health", "streaming"])  # the other requests would disturb its times
-        with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
+        with concurrent.futures.ThreadPoolExecutor(max_workers=CHAINS_AT_ONCE) as pool:
             return alone + [result for results in pool.map(self._chain, chains) for result in results]
 
     def _chain(self, names: list[str]) -> list[dict[str, Any]]:
@@ -165,11 +175,15 @@ class Verification:
     def check_models_list(self) -> str:
         answer = self.edge.request("GET", "/v1/models", headers=self.keys)
         need(answer, 200)
-        names = [model["id"] for model in answer.json()["data"]]
+        models = answer.json()["data"]
+        names = [model["id"] for model in models]
+        window = next((model.get("max_model_len") for model in models if model["id"] == self.model), None)
+        self.window = window if isinstance(window, int) else None
         missing = [name for name in self.params["listed_models"] if name not in names]
         if missing:
             raise Wrong(f"served are {', '.join(names) or 'no models'}, wanted {', '.join(missing)}")
-        return f"served: {', '.join(names)}"
+        told = f"served: {', '.join(names)}" + (f"; window of {self.window} tokens" if self.window else "")
+        return told if self._holds_long_answer() else f"{told}, too small for long_answer, which was not asked"
 
     def check_other_names(self) -> str:
         question = self.questions["exact_reply"]
@@ -189,16 +203,23 @@ class Verification:
     def check_find_fact(self) -> str:
         """Several at once, each with a code of its own: an answer to another's prompt is wrong."""
         question = self.questions["find_fact"]
-        # A little longer than asked for: tokenizers count a prompt's end and start differently.
-        sentences = self._sentences(question, question["tokens"] * 1.03)
+        surplus = 1.03  # a little longer than asked for: tokenizers count a prompt's end and start differently
+        wanted = question["tokens"]
+        if self.window:
+            wanted = min(wanted, int((self.window - FACT_ROOM) / surplus))
+        sentences = self._sentences(question, wanted * surplus)
         for depth in question["depths"]:
             code = str(1000 + secrets.randbelow(9000))
             self.facts.append((filled(self.questions, question, sentences, depth, code), code))
         answers = beside(self._one_fact, self.facts)
         least = min(answers)
-        if least < question["tokens"]:
-            raise Wrong(f"the prompt has {least} tokens, wanted at least {question['tokens']}")
-        return f"{len(answers)} facts found at once, each in at least {least} prompt tokens"
+        if least < wanted:
+            raise Wrong(f"the prompt has {least} tokens, wanted at least {wanted}")
+        told = f"{len(answers)} facts found at once, each in at least {least} prompt tokens"
+        if wanted == question["tokens"]:
+            return told
+        told += f": the window of {self.window} holds no {question['tokens']}"
+        return f"{told}; sparse attention is {'reached from' if least > SPARSE else 'not reached before'} {SPARSE} on"
 
     def _one_fact(self, fact: tuple[str, str]) -> int:
         """The engine's count of the prompt in which the fact was found."""
@@ -215,13 +236,16 @@ class Verification:
         crosses = question["crosses"]
         sentences = self._sentences(question, crosses - 60)
         prompt = filled(self.questions, question, sentences)
-        answer = self._chat(question, [{"role": "user", "content": prompt}], max_tokens=512)
+        answer = self._chat(question, [{"role": "user", "content": prompt}], max_tokens=LONG_ANSWER)
         usage = answer["usage"]
         begin, end = usage["prompt_tokens"], usage["prompt_tokens"] + usage["completion_tokens"]
         self._expect(question, answer["choices"][0]["message"].get("content") or "", f"tokens {begin} to {end}:")
         if not begin < crosses < end:
             raise Wrong(f"the answer goes from token {begin} to {end}, not over {crosses}")
         return f"every item right, from token {begin} to {end}"
+
+    def _holds_long_answer(self) -> bool:
+        return not self.window or self.questions["long_answer"]["crosses"] + LONG_ANSWER <= self.window
 
     def check_second_turn(self) -> str:
         """Whether the conversation's first turn was in the prefix cache is told, not judged."""
@@ -302,8 +326,8 @@ class Verification:
 
     def check_effort(self) -> str:
         question = self.questions["effort"]
-        asked = [(path, effort) for path in (CHAT, MESSAGES) for effort in question["efforts"]]
-        beside(self._one_effort, asked)
+        for effort in question["efforts"]:  # one after another: each may think for long
+            beside(self._one_effort, [(path, effort) for path in (CHAT, MESSAGES)])
         return f"{', '.join(question['efforts'])} answered on both APIs"
 
     def _one_effort(self, asked: tuple[str, str]) -> None:
@@ -312,7 +336,7 @@ class Verification:
         turns = [{"role": "user", "content": question["prompt"]}]
         told = {"reasoning_effort": effort} if path == CHAT else {"output_config": {"effort": effort}}
         headers = self.keys if path == CHAT else self._anthropic_keys()
-        answer = self.edge.request("POST", path, {**self._chat_body(question, turns, 4096), **told}, headers)
+        answer = self.edge.request("POST", path, {**self._chat_body(question, turns, 2048), **told}, headers)
         need(answer, 200, who.rstrip(":"))
         body = answer.json()
         text = body["choices"][0]["message"].get("content") if path == CHAT else text_of(body)
@@ -328,7 +352,7 @@ class Verification:
         return expect_calls(question, calls, choice["message"].get("content") or "", choice["finish_reason"])
 
     def check_tool_call_stream(self) -> str:
-        return "; ".join(beside(self._one_tool_stream, TOOL_QUESTIONS))
+        return "; ".join(map(self._one_tool_stream, TOOL_QUESTIONS))
 
     def _one_tool_stream(self, name: str) -> str:
         question = self.questions[name]
@@ -352,7 +376,7 @@ class Verification:
         return expect_calls(question, list(calls.values()), text, finish)
 
     def check_messages_tool_stream(self) -> str:
-        return "; ".join(beside(self._one_messages_tool_stream, TOOL_QUESTIONS))
+        return "; ".join(map(self._one_messages_tool_stream, TOOL_QUESTIONS))
 
     def _one_messages_tool_stream(self, name: str) -> str:
         question = self.questions[name]
@@ -513,6 +537,8 @@ class Verification:
         return {"tools": [{"type": "function", "function": tool} for tool in question["tools"]], "tool_choice": "auto"}
 
     def _chat_body(self, question: dict[str, Any], messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
+        if self.window:  # engines refuse a request that could not end within it
+            max_tokens = min(max_tokens, self.window // 2)
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
         if not question.get("thinking", True):
             body["chat_template_kwargs"] = {"enable_thinking": False}
@@ -665,7 +691,17 @@ def main() -> None:
             "questions": {"type": "dict", "required": True},
             "metrics": {"type": "list", "elements": "str", "default": []},
             "cached_tokens_metric": {"type": "str", "default": "", "no_log": False},
-            "refused_paths": {"type": "list", "elements": "str", "default": ["/tokenize", "/invocations"]},
+            "refused_paths": {
+                "type": "list",
+                "elements": "str",
+                "default": [
+                    "/tokenize",
+                    "/invocations",
+                    "/v1/load_lora_adapter",
+                    "/v1/unload_lora_adapter",
+                    "/v1/loads",
+                ],
+            },
             "unit": {"type": "str", "default": "glm-engine.service"},
             "container": {"type": "str", "default": "glm-engine"},
             "image_digest": {"type": "str", "required": True},

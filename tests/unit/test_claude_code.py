@@ -42,6 +42,7 @@ class Endpoint(ThreadingHTTPServer):
     def __init__(self, window: int | None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.window = window
+        self.listed = 200  # status of the list of models
         self.asked: list[tuple[bool, dict[str, Any]]] = []  # whether it was refused, and what
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -76,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         model = {"id": "glm-5.2-fp8", "max_model_len": self.server.window}
-        self.answer(200, json.dumps({"data": [model]}))
+        self.answer(self.server.listed, json.dumps({"data": [model]} if self.server.listed == 200 else {}))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -131,13 +132,13 @@ def endpoint(request: pytest.FixtureRequest) -> Iterator[Endpoint]:
     server.server_close()
 
 
-def write(endpoint: Endpoint, tmp_path: Path) -> str:
+def write(endpoint: Endpoint, tmp_path: Path, code: int = 0) -> str:
     """Runs the role, and gives what it says; the files are in the folder `clients`."""
     play = tmp_path / "play.yml"
     play.write_text(PLAY.format(url=endpoint.url, directory=tmp_path / "clients"))
     command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "localhost,", str(play)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
 
 
@@ -211,3 +212,17 @@ def test_a_window_that_does_not_hold_it(endpoint: Endpoint, reason: str, tmp_pat
     assert reason in output
     assert endpoint.asked == [], "it is not tried"
     assert {path.name for path in (tmp_path / "clients").iterdir()} == {"curl.sh", "openai-sdk.py"}
+
+
+@pytest.mark.parametrize("endpoint", [131072], indirect=True)
+@pytest.mark.parametrize(("status", "reason"), [(503, "503"), (204, "did not list the models")])
+def test_a_file_is_kept_where_the_window_was_not_told_once(
+    endpoint: Endpoint, status: int, reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "clients").mkdir()
+    (tmp_path / "clients/claude-code.env").write_text("of an earlier run")
+    endpoint.listed = status
+    output = write(endpoint, tmp_path, code=2)
+    (line,) = [line for line in output.splitlines() if line.startswith("[ERROR]")]
+    assert "no file was written" in line and reason in line and line.rstrip().endswith("run it again")
+    assert [path.name for path in (tmp_path / "clients").iterdir()] == ["claude-code.env"]

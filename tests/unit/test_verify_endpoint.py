@@ -92,6 +92,9 @@ class Endpoint(ThreadingHTTPServer):
         self.change_events: Callable[[str, list[Any]], list[Any]] = lambda path, events: events
         self.refuse: Callable[[dict[str, Any]], bool] = lambda body: False
         self.bodies: list[tuple[str, dict[str, Any]]] = []
+        self.window: int | None = None
+        self.pause, self.running, self.most = 0.0, 0, 0  # seconds of an answer; requests at once, now and at most
+        self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
@@ -121,7 +124,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/health":
             server.not_ready -= 1
             return self.answer(503 if server.not_ready >= 0 else server.health, {})
-        if not self.path.startswith("/v1/"):
+        if not self.path.startswith("/v1/") or "lora" in self.path or self.path == "/v1/loads":
             if server.guarded and self.path not in server.paths_open:
                 return self.answer(403, {"error": {}})
             return self.answer(200, server.metrics)
@@ -129,14 +132,25 @@ class Handler(BaseHTTPRequestHandler):
         if server.guarded and server.auth and KEY not in sent:
             return self.answer(401, {"error": {}})
         if self.path == "/v1/models":
-            return self.answer(200, {"data": [{"id": name} for name in server.models]})
+            window = {"max_model_len": server.window} if server.window else {}
+            return self.answer(200, {"data": [{"id": name, **window} for name in server.models]})
         if not body:
             return self.answer(422, {"error": {"message": "no body"}})
         if server.refuse(body):
             return self.answer(400, {"error": {"message": "told to"}})
         if self.path == "/v1/messages/count_tokens":
             return self.answer(200, {"input_tokens": server.count(words_of(body))})
-        return self.chat(body) if self.path == "/v1/chat/completions" else self.messages(body)
+        if server.window and words_of(body) + 4 + body["max_tokens"] > server.window:
+            return self.answer(400, {"error": {"message": f"more than {server.window} tokens"}})
+        with server.lock:
+            server.running += 1
+            server.most = max(server.most, server.running)
+        time.sleep(server.pause)
+        try:
+            return self.chat(body) if self.path == "/v1/chat/completions" else self.messages(body)
+        finally:
+            with server.lock:
+                server.running -= 1
 
     do_POST = do_GET
 
@@ -277,7 +291,7 @@ class Node:
             "questions": deepcopy(QUESTIONS),
             "metrics": list(METRICS),
             "cached_tokens_metric": "vllm:prefix_cache_hits_total",
-            "refused_paths": ["/tokenize", "/invocations"],
+            "refused_paths": yaml.safe_load(verify_endpoint.DOCUMENTATION)["options"]["refused_paths"]["default"],
             "unit": "glm-engine.service",
             "container": "glm-engine",
             "image_digest": DIGEST,
@@ -374,6 +388,65 @@ def test_requests_are_as_the_questions_say(node: Node) -> None:
     prompts = [body["messages"][0]["content"] for body in bodies if len(body["messages"]) == 1]
     facts = {found[1]: found.start() / len(p) for p in prompts if (found := re.search(r"is (\d{4})\.", p))}
     assert sorted(facts.values()) == pytest.approx(QUESTIONS["find_fact"]["depths"], abs=0.02)
+
+
+def test_few_are_asked_at_once_and_the_facts_among_them(node: Node) -> None:
+    """A node that takes one request at a time is slow for each of those that wait."""
+    node.edge.pause = 0.05
+    assert all(check["ok"] for check in node.checks().values())
+    assert 3 <= node.edge.most <= 8
+
+
+@pytest.mark.parametrize(
+    ("window", "least", "reached"),
+    [(8192, 7798, "reached from 2048 on"), (5000, 4699, "reached from"), (2048, 1833, "not reached before 2048 on")],
+)
+def test_a_small_window_is_asked_for_what_it_holds(node: Node, window: int, least: int, reached: str) -> None:
+    node.edge.window = window
+    checks = node.checks()
+    assert [check for check in checks.values() if not check["ok"]] == []
+    told = checks["find_fact"]["detail"]
+    found = re.fullmatch(
+        rf"3 facts found at once, each in at least (\d+) prompt tokens: the window of {window} .*", told
+    )
+    assert found and least <= int(found[1]) <= window, told
+    assert f"holds no 8000; sparse attention is {reached}" in told
+    holds = window >= 4096 + 512
+    assert ("long_answer" in checks) == holds
+    asked = f"served: {MODEL}; window of {window} tokens"
+    assert checks["models_list"]["detail"] == asked + (
+        "" if holds else ", too small for long_answer, which was not asked"
+    )
+
+
+def test_a_large_window_changes_nothing(node: Node) -> None:
+    node.edge.window = 202752
+    checks = node.checks()
+    assert list(checks) == ALL and all(check["ok"] for check in checks.values())
+    assert checks["find_fact"]["detail"].endswith("prompt tokens")
+    assert checks["models_list"]["detail"] == f"served: {MODEL}; window of 202752 tokens"
+
+
+def test_a_wrong_answer_in_a_small_window_is_one(node: Node) -> None:
+    node.edge.window = 8192
+    changed(CONTENT_AT, "0000", asks("find_fact"))(node)
+    assert {name for name, check in node.checks().items() if not check["ok"]} == {"find_fact"}
+
+
+def test_the_documented_defaults_are_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def module(**arguments: Any) -> None:
+        given.update(arguments["argument_spec"])
+        raise SystemExit
+
+    monkeypatch.setattr(verify_endpoint, "AnsibleModule", module)
+    with pytest.raises(SystemExit):
+        verify_endpoint.main()
+    options = yaml.safe_load(verify_endpoint.DOCUMENTATION)["options"]
+    assert {name: option.get("default") for name, option in options.items()} == {
+        name: option.get("default") for name, option in given.items()
+    }
 
 
 def changed(
@@ -645,6 +718,11 @@ MUTATIONS: dict[str, tuple[Callable[[Node], None], set[str], str]] = {
         attribute("paths_open", {"/invocations"}),
         {"unlisted_path_refused"},
         "/invocations HTTP 200",
+    ),
+    "LoRA adapters may be loaded": (
+        attribute("paths_open", {"/v1/load_lora_adapter"}),
+        {"unlisted_path_refused"},
+        "/v1/load_lora_adapter HTTP 200",
     ),
     "metrics outside": (attribute("paths_open", {"/metrics"}), {"metrics_outside"}, "/metrics HTTP 200"),
     "metrics missing": (attribute("metrics", "# none\n", "engine"), {"metrics_inside"}, "does not report vllm:num"),
