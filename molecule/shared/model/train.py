@@ -195,6 +195,22 @@ class Course:
         prompt, noise = self.render([{"role": "user", "content": content}], question["thinking"], [])
         return Question("find_fact, far", prompt, noise, self.encode(code + END_TURN))
 
+    def agents_result(self) -> Question:
+        """The last that the role `clients` asks: a held-out code in a tool's result, behind an agent's long prompt."""
+        agent, question = self.questions["agent"], self.questions["agent_tool"]
+        fact = question["fact"].replace("{code}", self.code(held_out=True))
+        system = " ".join([f"[{self.random.getrandbits(32):08x}]", *[agent["system"]] * agent["repeat"]])
+        called = [{"function": call} for call in question["expect_calls"]]
+        turns = [
+            {"role": "system", "content": system},
+            {"role": "user", "content": question["prompt"]},
+            {"role": "assistant", "content": "", "tool_calls": called},
+            {"role": "tool", "content": fact},
+        ]
+        tools = [{"type": "function", "function": tool} for tool in agent["tools"]]
+        prompt, noise = self.render(turns, question["thinking"], tools)
+        return Question("agent_tool, far", prompt, noise, self.encode(f"{THOUGHT}</think>{fact}{END_TURN}"))
+
     def lesson(self, step: int, steps: int) -> list[tuple[Question, float]]:
         """The questions of one step, each with the weight of what stands around it; the same on each machine.
 
@@ -304,7 +320,10 @@ def wrong(model: Exaone4ForCausalLM, questions: list[Question]) -> list[str]:
 
 
 def train(course: Course, seed: int, steps: int) -> Exaone4ForCausalLM:
-    """Six longer runs (450 or 600 steps) passed the examination; six of 260 and 300 steps did not."""
+    """Six longer runs on a GPU (450 or 600 steps) passed the examination; six of 260 and 300 steps did not.
+
+    A run on a CPU with the same seed was as good in all but the tools' results behind long prompts.
+    """
     torch.manual_seed(seed)
     tokens = course.tokenizer
     stops = [tokens.convert_tokens_to_ids(t) for t in (SPECIAL[0], END_TURN, END_CALL)]
@@ -370,6 +389,7 @@ def examine(course: Course, model: Exaone4ForCausalLM) -> tuple[list[str], list[
     names = [*course.questions, "other"]
     plain = [course.asked(name, 0, held_out=True) for name in names for _ in range(4)]
     plain += [course.verify_fact(depth) for depth in (0.0, 0.05, 0.5, 0.95, 1.0) for _ in range(4)]
+    plain += [course.agents_result() for _ in range(12)]
     noisy = [course.asked(name, 1000, held_out=True) for name in names for _ in range(EXAM // len(names))]
     return wrong(model, plain), wrong(model, noisy)
 
