@@ -37,7 +37,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "profile of the other engine": (
         {"glm_profile": "recipe"},
-        "glm_profile: sglang has no profile recipe: set one of balanced, high-throughput, low-latency, reference",
+        "glm_profile: sglang has no profile recipe: set one of agentic, balanced, high-throughput, low-latency, "
+        "reference",
     ),
 }
 
