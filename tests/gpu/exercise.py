@@ -11,6 +11,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import re
@@ -168,6 +169,7 @@ class Node:
             data = self.home / "data"
             data.mkdir(exist_ok=True)
             (self.home / "look.json").unlink(missing_ok=True)
+            (self.home / "active").write_text(str(int(time.monotonic() * 1e6)), encoding="utf-8")
             while not done.is_set():
                 began = time.monotonic()
                 program = ROOT / "roles/inference_service/files/engine-watchdog"
@@ -231,7 +233,7 @@ class Node:
         """A prompt of 64,000 tokens; one has ended an engine, so it is asked last."""
         for number in range(2):
             began = time.monotonic()
-            status, body, _ = self.ask("/v1/chat/completions", long(number, 4300))
+            status, body, _ = self.ask("/v1/chat/completions", long(number, 1075))
             took = round(time.monotonic() - began, 2)
             self.book.note("very long", label=self.label, number=number, status=status, seconds=took, **summary(body))
 
@@ -267,7 +269,7 @@ class Node:
         arguments = {
             "url": EDGE, "engine_url": self.url, "models": [MODEL], "listed_models": [MODEL],
             "api_key": (self.stage / "key").read_text(encoding="utf-8"), "questions": QUESTIONS,
-            "metrics": [metrics["running"], metrics["waiting"], *metrics["progress"]],
+            "metrics": [metrics["running"], *filter(None, [metrics.get("waiting")]), *metrics["progress"]],
             "cached_tokens_metric": metrics.get("cached", ""), "image_digest": self.release["image_digest"],
             "gpu_count": 1, "headers": {"X-Glm-Unrotated": "1"},
         }  # fmt: skip
@@ -364,6 +366,20 @@ class Node:
         self.end(f"SIGKILL {pattern}")
 
 
+def leave(url: str, key: str, body: dict[str, Any], seconds: float, half: bool) -> None:
+    """Sends a request, or half of one, and closes the connection after so long."""
+    address, _, path = url.removeprefix("http://").partition("/")
+    host, _, port = address.partition(":")
+    data = json.dumps(body).encode()
+    head = (
+        f"POST /{path} HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {key}\r\nX-Glm-Unrotated: 1\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 10) as connection:
+        connection.sendall(head.encode() + (data[: len(data) // 2] if half else data))
+        time.sleep(seconds)
+
+
 def gpu_memory() -> int:
     shown = subprocess.run(
         ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
@@ -380,15 +396,16 @@ def chat(prompt: str, **more: Any) -> dict[str, Any]:
 
 
 def long(number: int, repeat: int) -> dict[str, Any]:
-    return chat(f"[{os.urandom(4).hex()}] {number} " + " ".join([QUESTIONS["find_fact"]["filler"]] * repeat))
+    return chat(f"[{os.urandom(4).hex()}] {number} " + " ".join(QUESTIONS["find_fact"]["filler"] * repeat))
 
 
 def kinds() -> list[tuple[str, str, Callable[[int], dict[str, Any]]]]:
     completions, messages = "/v1/chat/completions", "/v1/messages"
-    tools = [{"type": "function", "function": QUESTIONS["tool_call"]["tool"]}]
-    agent = QUESTIONS["agent"]["tool"]
+    (tool,) = QUESTIONS["tool_call"]["tools"]
+    tools = [{"type": "function", "function": tool}]
+    (agent,) = QUESTIONS["agent"]["tools"]
     anthropic_tool = {"name": agent["name"], "description": agent["description"], "input_schema": agent["parameters"]}
-    schema = {"name": "city", "schema": QUESTIONS["tool_call"]["tool"]["parameters"]}
+    schema = {"name": "city", "schema": tool["parameters"]}
     usage = {"stream_options": {"include_usage": True}}
     return [
         ("one token", "/v1/completions", lambda n: {"model": MODEL, "prompt": "ok", "max_tokens": 1}),
@@ -401,7 +418,7 @@ def kinds() -> list[tuple[str, str, Callable[[int], dict[str, Any]]]]:
         ("tool, auto, stream", completions, lambda n: chat(f"Paris {n}", tools=tools, stream=True, **usage)),
         ("JSON schema", completions,
          lambda n: chat(f"City {n}", response_format={"type": "json_schema", "json_schema": schema})),
-        ("long prompt", completions, lambda n: long(n, 590)),
+        ("long prompt", completions, lambda n: long(n, 148)),
         ("messages", messages, lambda n: chat(f"Say {n}")),
         ("messages, tool, stream", messages, lambda n: chat(f"Say {n}", stream=True, tools=[anthropic_tool])),
         ("count_tokens", "/v1/messages/count_tokens",
@@ -491,7 +508,7 @@ class Steps:
         """A first start, and everything that is asked of it."""
         node = self.node
         node.start(release, f"{release}-cold")
-        if not node.wait_ready(560):
+        if not node.wait_ready(1200):
             return node.stop()
         with node.watched():
             node.save("/metrics", "metrics-idle.txt")
@@ -511,7 +528,7 @@ class Steps:
         """A second start; its first requests; then the engine is killed."""
         node = self.node
         node.start(release, f"{release}-warm")
-        if not node.wait_ready(300):
+        if not node.wait_ready(600):
             return node.stop()
         node.firsts()
         node.verify()
@@ -522,7 +539,7 @@ class Steps:
         """A start of another profile: verified first, as a rollout does."""
         node = self.node
         node.start(release, f"{release}-other")
-        if not node.wait_ready(400):
+        if not node.wait_ready(900):
             return node.stop()
         with node.watched():
             node.save("/metrics", "metrics-idle.txt")
@@ -537,6 +554,8 @@ class Steps:
     def vllm(self) -> None:
         self.cold("recipe")
         self.warm("recipe", "VLLM::EngineCore")
+
+    def vllm_others(self) -> None:
         self.other("reference")
         self.other("throughput")
 
@@ -551,10 +570,39 @@ class Steps:
         """Whether it starts at all."""
         node = self.node
         node.start("sglang-reference", "sglang-smoke")
-        if node.wait_ready(400):
+        if node.wait_ready(900):
             node.save("/metrics", "metrics-idle.txt")
             node.firsts(1)
         node.stop()
+
+    def cancels(self, release: str) -> None:
+        """Clients that leave in the middle of a request: does the engine go on counting them?"""
+        node = self.node
+        node.start(release, f"{release}-cancels")
+        if not node.wait_ready(600):
+            return node.stop()
+        key = (self.stage / "key").read_text(encoding="utf-8").strip()
+        counted = (node.release["metrics"]["running"].partition("{")[0], "sglang:num_running_reqs")
+        for url, path, kind in itertools.product(
+            (node.url, EDGE), ("/v1/chat/completions", "/v1/messages"), ("streamed", "whole", "half a body")
+        ):
+            body = chat("count", max_tokens=1500, min_tokens=1500, ignore_eos=True, stream=kind == "streamed")
+            with concurrent.futures.ThreadPoolExecutor(16) as pool:
+                for number in range(16):
+                    pool.submit(leave, url + path, key, body, 0.03 * number, kind == "half a body")
+            for after in (1, 8):
+                time.sleep(after)
+                lines = node.ask("/metrics")[1].decode().splitlines()
+                active = [line for line in lines if line.startswith(counted) and not line.endswith(" 0.0")]
+                self.book.note("left", url=url, path=path, kind=kind, after=after, active=active)
+        node.stop()
+        return None
+
+    def sglang_cancels(self) -> None:
+        self.cancels("sglang-reference")
+
+    def vllm_cancels(self) -> None:
+        self.cancels("recipe")
 
     def sglang(self) -> None:
         self.cold("sglang-reference")

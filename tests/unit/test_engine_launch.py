@@ -449,7 +449,7 @@ def test_no_release(node: Node) -> None:
             ],
             "Loading weights took 0.18 seconds",
         ),
-        ([], "it printed nothing"),
+        ([], "it gave no reason"),
     ],
 )
 def test_explanation(node: Node, lines: list[str], explanation: str) -> None:
