@@ -186,7 +186,7 @@ def test_the_first_client_meets_a_warm_engine(node: Node, play: Play, release: s
     cold = 4.0
     assert play(glm_engine_extra_env={"LIGHT_COLD_SECONDS": str(cold)}, seconds=300).code == 0
     journal = "journalctl --unit glm-engine --lines 20 --output cat"
-    assert "engine-launch: warming up: a prompt of 8,000 words: 4." in node.run(journal)
+    assert "engine-launch: warming up: a prompt of 3,000 words: 4." in node.run(journal)
     node.run("systemctl restart --no-block glm-engine")
     deadline = time.monotonic() + 120
     while node.ask("/health")[0] == 200:  # the old one is there for a moment

@@ -269,7 +269,7 @@ class Node:
         arguments = {
             "url": EDGE, "engine_url": self.url, "models": [MODEL], "listed_models": [MODEL],
             "api_key": (self.stage / "key").read_text(encoding="utf-8"), "questions": QUESTIONS,
-            "metrics": [metrics["running"], *filter(None, [metrics.get("waiting")]), *metrics["progress"]],
+            "metrics": [name.partition("{")[0] for name in (metrics["running"], *metrics["progress"])],
             "cached_tokens_metric": metrics.get("cached", ""), "image_digest": self.release["image_digest"],
             "gpu_count": 1, "headers": {"X-Glm-Unrotated": "1"},
         }  # fmt: skip

@@ -34,6 +34,7 @@ def read(name: str) -> tuple[Any, list[str]]:
     release = SimpleNamespace(
         phases=[(re.compile(item["pattern"]), item["phase"]) for item in engine["log"]["phases"]],
         noise=[re.compile(pattern) for pattern in engine["log"]["noise"]],
+        kills_itself=engine["log"]["kills_itself"],
     )
     log, phases = engine_launch.Log(release), [""]
     for line in (FIXTURES / f"{name}.log").read_text(encoding="utf-8").splitlines():
@@ -53,8 +54,30 @@ def test_the_phases_of_a_real_start_are_seen_in_order(name: str) -> None:
     assert read(name)[1] == PHASES[name]
 
 
-def test_the_phases_of_sglang_are_seen() -> None:
-    assert read("sglang-cuda/reference-cold")[1] == [*LOADED, "allocating the KV cache", "capturing CUDA graphs"]
+@pytest.mark.parametrize(("name", "loads"), [("reference-cold", 1), ("reference-killed", 1), ("low-latency", 2)])
+def test_the_phases_of_sglang_are_seen(name: str, loads: int) -> None:
+    graphs = ["allocating the KV cache", "capturing CUDA graphs"]
+    phases = read(f"sglang-cuda/{name}")[1]
+    assert phases[: 2 * loads + 2] == [*LOADED * loads, *graphs]
+    assert phases[-1] == "warming up"
+    assert phases.count("loading weights") == loads  # the drafting layer comes after the model
+    assert set(phases) == {*LOADED, *graphs, "warming up"}
+
+
+SGLANG_ENDS = {
+    "fails-memory": (True, "ValueError: Loaded weights leave no GPU memory for the KV cache"),
+    "fails-weights": (True, "safetensors._safetensors_rust.SafetensorError: Error while deserializing header"),
+    "fails-killed": (False, "RuntimeError: Rank 0 scheduler died during initialization (exit code: -9)"),
+    "reference-killed": (True, "Subprocess scheduler_0 (pid=2248) crashed with exit code -9"),
+}
+
+
+@pytest.mark.parametrize("name", SGLANG_ENDS)
+def test_why_sglang_ended_is_told(name: str) -> None:
+    itself, reason = SGLANG_ENDS[name]
+    log = read(f"sglang-cuda/{name}")[0]
+    assert log.killed_itself() == itself
+    assert log.explanation().startswith(reason)
 
 
 def test_a_missing_attention_backend_is_the_reason_of_the_end() -> None:
@@ -71,20 +94,23 @@ def test_memory_that_ran_out_is_the_reason_of_the_end(name: str) -> None:
     assert explained.startswith("Exception in aoti_torch: CUDA out of memory. Tried to allocate 4.00 GiB")
 
 
-@pytest.mark.parametrize("profile", ["reference", "recipe"])
-def test_a_real_engine_reports_every_metric_that_is_read(profile: str) -> None:
-    metrics = yaml.safe_load((ROOT / "engines/vllm.yml").read_text(encoding="utf-8"))["metrics"]
-    names = (FIXTURES / f"vllm-cuda/{profile}-metrics.txt").read_text(encoding="utf-8").splitlines()
-    assert {metrics["running"], metrics["waiting"], metrics["cached"], *metrics["progress"]} <= set(names)
+@pytest.mark.parametrize("name", ["vllm-cuda/reference", "vllm-cuda/recipe", "sglang-cuda/reference"])
+def test_a_real_engine_reports_every_metric_that_is_read(name: str) -> None:
+    engine = name.split("-", maxsplit=1)[0]
+    metrics = yaml.safe_load((ROOT / f"engines/{engine}.yml").read_text(encoding="utf-8"))["metrics"]
+    names = (FIXTURES / f"{name}-metrics.txt").read_text(encoding="utf-8").splitlines()
+    wanted = {metrics["running"].partition("{")[0], metrics["cached"], *metrics["progress"]}
+    assert wanted | ({metrics["waiting"]} if "waiting" in metrics else set()) <= set(names)
 
 
-def test_a_real_benchmark_holds_every_figure() -> None:
+@pytest.mark.parametrize(("engine", "output_tok_s"), [("vllm", 366.193), ("sglang", 7671.495)])
+def test_a_real_benchmark_holds_every_figure(engine: str, output_tok_s: float) -> None:
     benchmark = load_file(ROOT / "plugins/filter/benchmark.py", "benchmark_of_logs")
-    client = yaml.safe_load((ROOT / "engines/vllm/benchmark.yml").read_text(encoding="utf-8"))
-    raw = json.loads((FIXTURES / "vllm-cuda/reference-bench.json").read_text(encoding="utf-8"))
+    client = yaml.safe_load((ROOT / f"engines/{engine}/benchmark.yml").read_text(encoding="utf-8"))
+    raw = json.loads((FIXTURES / f"{engine}-cuda/reference-bench.json").read_text(encoding="utf-8"))
     workload = {"input_len": 1024, "output_len": 128, "num_prompts": 64, "max_concurrency": 32, "seed": 1}
     result = benchmark.benchmark_result(raw, client, workload)
-    assert (result["completed"], result["failed"], result["output_tok_s"]) == (64, 0, 366.193)
+    assert (result["completed"], result["failed"], result["output_tok_s"]) == (64, 0, output_tok_s)
     assert all(
         value is not None for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms") for value in result[name].values()
     )
