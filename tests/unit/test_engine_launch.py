@@ -240,6 +240,10 @@ def test_an_engine_is_warm_before_the_edge_may_use_it(node: Node) -> None:
     assert [bool(body.get("stream")) for body in asked].count(True) == 2
     assert any("tools" in body for body in asked)
     assert max(len(body["messages"][0]["content"].split()) for body in asked) >= 20000
+    assert any(body.get("tool_choice") == "required" for body in asked)
+    long = [body["messages"][0]["content"][:10] for body in asked if len(body["messages"][0]["content"]) > 1000]
+    assert len(long) == len(set(long)) == 3, "what the prefix cache holds warms nothing"
+    assert len({body["max_tokens"] for body in asked}) == 32, "a batch shrinks step by step"
     assert {body["model"] for body in asked} == {"glm"}
     (node.directory / "container").write_text("running")
     process.send_signal(signal.SIGTERM)
