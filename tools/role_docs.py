@@ -18,6 +18,9 @@ import jinja2
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "plugins/filter"))
+import names  # noqa: E402
+
 FIRST = "glm"  # the user's settings
 
 TABLE = """\
@@ -63,7 +66,8 @@ VARIABLES = (
 # Variables
 
 What a user sets comes first: the `glm_` variables, in the inventory. roles/glm/vars/main.yml maps them onto the
-variables of the roles, which follow; set one of these only where no `glm_` variable does it.
+variables of the roles, which follow. Those that are marked "Set by" cannot be set in an inventory, and a run refuses
+them; the others can.
 {% for role in roles %}
 
 ## {{ role.name }}
@@ -120,6 +124,23 @@ def options(spec: dict[str, Any], defaults: dict[str, Any], prefix: str = "") ->
     return rows
 
 
+def mapped(root: Path) -> dict[str, list[str]]:
+    """Which options of roles the project sets by itself, each with the user's settings that it comes from."""
+    if not (root / "roles/glm/vars/main.yml").exists():
+        return {}
+    found: dict[str, list[str]] = names.variables_of_roles(str(root / "roles"))["mapped"]
+    return found
+
+
+def mark(role: dict[str, Any], origins: dict[str, list[str]]) -> dict[str, Any]:
+    """The role, its options that no inventory can set marked as such."""
+    for option in (option for entry in role["entries"] for option in entry["options"]):
+        if option["name"] in origins:
+            settings = ", ".join(f"`{name}`" for name in origins[option["name"]])
+            option["meaning"] += f" Set by {settings}." if settings else " Set by the project."
+    return role
+
+
 def read_role(directory: Path) -> dict[str, Any]:
     defaults = load(directory / "defaults" / "main.yml")
     entries = load(directory / "meta" / "argument_specs.yml").get("argument_specs", {})
@@ -150,7 +171,9 @@ def render(template: str, **values: Any) -> str:
 def documents(root: Path) -> dict[Path, str]:
     """Every generated file and what belongs into it."""
     found = [path.parents[1] for path in root.glob("roles/*/meta/argument_specs.yml")]
-    roles = [read_role(path) for path in sorted(found, key=lambda path: (path.name != FIRST, path.name))]
+    origins = mapped(root)
+    ordered = sorted(found, key=lambda path: (path.name != FIRST, path.name))
+    roles = [mark(read_role(path), origins) for path in ordered]
     texts = {root / "roles" / role["name"] / "README.md": render(README, role=role) for role in roles}
     return {**texts, root / "docs" / "variables.md": render(VARIABLES, roles=roles)}
 

@@ -96,8 +96,7 @@ def test_a_lost_connection_does_not_end_a_copy(case: Case, release: str) -> None
     elsewhere = "/var/lib/glm/elsewhere"
     settings = {
         "glm_model_revision": "2" * 40,
-        "model_weights_directory": elsewhere,
-        "inference_service_model_dir": f"{elsewhere}/zai-org--GLM-5.2-FP8/{'2' * 40}",
+        "glm_models_dir": elsewhere,
     }
 
     def lose(node: Machine) -> None:

@@ -69,6 +69,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"glm_registry_miror": "http://mirror"},
         ["glm_registry_miror: there is no such setting: did you mean glm_registry_mirror?"],
     ),
+    "variables of roles that the project sets": (
+        HOSTS,
+        {"inference_service_port": 9999, "inference_service_extra_args": {"--max-num-seqs": 7}, "verify_metrics": []},
+        ["inference_service_extra_args: an inventory cannot set this: set glm_engine_extra_args instead",
+         "inference_service_port: an inventory cannot set this: set glm_engine_port instead",
+         "verify_metrics: an inventory cannot set this: the project sets it itself, remove it"],
+    ),
     "nothing like a setting": (
         HOSTS,
         {"glm_zzz": 1},

@@ -110,7 +110,7 @@ def test_unfit_weights_are_not_put_into_service(name: str, node: Node, play: Pla
             # The client tries five times by itself.
             run = play(
                 glm_model_revision=NEXT_REVISION,
-                model_weights_directory=ELSEWHERE,
+                glm_models_dir=ELSEWHERE,
                 model_weights_attempts=1,
                 seconds=180,
             )

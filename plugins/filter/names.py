@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 DEFAULT_SSH_PORT = 22
 
@@ -14,6 +18,53 @@ def unknown_variables(names: Iterable[str], known: Iterable[str], prefix: str = 
     right = sorted(set(known))
     unknown = sorted({str(name) for name in names if str(name).startswith(prefix)} - set(right))
     return [f"{name}: there is no such setting: {_advice(name, right)}" for name in unknown]
+
+
+def variables_of_roles(directory: str) -> dict[str, Any]:
+    """Of the roles in a directory: their options, and which variables the role glm sets itself, each with the user's
+    settings that it comes from."""
+    roles = Path(directory)
+    mapping: dict[str, Any] = yaml.safe_load((roles / "glm/vars/main.yml").read_text(encoding="utf-8"))
+    files = roles.glob("*/defaults/main.yml")
+    options = {name for file in files for name in yaml.safe_load(file.read_text(encoding="utf-8"))}
+    mapped = {name: sorted(_settings(name, mapping, set())) for name in mapping if not name.startswith("__")}
+    return {"options": sorted(options), "mapped": mapped}
+
+
+def _settings(name: str, mapping: Mapping[str, Any], seen: set[str]) -> set[str]:
+    """The user's settings that a variable comes from, through those that it is made of."""
+    seen.add(name)
+    words = set(re.findall(r"\b_*[a-z]\w*", str(mapping[name])))
+    found = {word for word in words if word.startswith("glm_")}
+    return found.union(*(_settings(word, mapping, seen) for word in (words & set(mapping)) - seen))
+
+
+def role_variables(names: Iterable[str], known: Mapping[str, Any]) -> list[str]:
+    """One line for each variable of a role that the inventory sets in vain, by what `variables_of_roles` found.
+
+    What the role glm sets outranks an inventory. A name that no role has is told where it is nearly one of an option:
+    the roles' names are common words, which others may use.
+    """
+    right = sorted({*known["options"], *known["mapped"]})
+    prefixes = tuple({name.partition("_")[0] + "_" for name in right} - {"glm_"})
+    lines = []
+    for name in sorted(map(str, names)):
+        if name in known["mapped"]:
+            settings = _nearest_settings(name, known["mapped"])
+            advice = f"set {' and '.join(settings)} instead" if settings else "the project sets it itself, remove it"
+            lines.append(f"{name}: an inventory cannot set this: {advice}")
+        elif name.startswith(prefixes) and name not in right:
+            nearest = difflib.get_close_matches(name, right, n=1, cutoff=0.9)
+            meant = [setting for found in nearest for setting in _nearest_settings(found, known["mapped"]) or [found]]
+            lines += [f"{name}: there is no such setting: did you mean {' or '.join(meant)}?"] if meant else []
+    return lines
+
+
+def _nearest_settings(name: str, mapped: Mapping[str, list[str]]) -> list[str]:
+    """The settings that a variable comes from; of several only those that end as it does, if there are any."""
+    settings = mapped.get(name, [])
+    last = name.rpartition("_")[2]
+    return [setting for setting in settings if setting.rpartition("_")[2] == last] or settings
 
 
 def _advice(name: str, right: list[str]) -> str:
@@ -57,6 +108,8 @@ class FilterModule:
     def filters(self) -> dict[str, Callable[..., Any]]:
         return {
             "unknown_variables": unknown_variables,
+            "role_variables": role_variables,
+            "variables_of_roles": variables_of_roles,
             "duplicate_addresses": duplicate_addresses,
             "differing_settings": differing_settings,
         }

@@ -1,6 +1,32 @@
 """Names and addresses of an inventory."""
 
-from names import differing_settings
+from pathlib import Path
+
+import pytest
+from names import differing_settings, role_variables, variables_of_roles
+
+ROLES = variables_of_roles(str(Path(__file__).resolve().parents[2] / "roles"))
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("inference_service_port", "an inventory cannot set this: set glm_engine_port instead"),
+        ("inference_service_extra_env", "an inventory cannot set this: set glm_engine_extra_env instead"),
+        ("preflight_urls", "an inventory cannot set this: set glm_hf_endpoint and glm_registry_mirror instead"),
+        ("inference_service_node", "an inventory cannot set this: the project sets it itself, remove it"),
+        ("inference_service_extra_arg", "there is no such setting: did you mean glm_engine_extra_args?"),
+        ("rotation_max_sesions", ""),
+        ("inference_service_gpu_devise", "there is no such setting: did you mean inference_service_gpu_device?"),
+        ("inference_service_gpu_device", ""),  # an option that an inventory can set
+        ("gateway_address", ""),  # somebody else's
+        ("report_email", ""),
+        ("glm_prot", ""),  # unknown_variables has it
+        ("ansible_host", ""),
+    ],
+)
+def test_a_variable_of_a_role_is_set_or_refused(name: str, line: str) -> None:
+    assert role_variables([name], ROLES) == ([f"{name}: {line}"] if line else [])
 
 
 def test_a_setting_of_the_fleet_that_one_host_sets_alone_is_named() -> None:
