@@ -59,7 +59,6 @@ lint: venv ## ansible-lint (production), yamllint, ruff, mypy
 	@ruff check .
 	@ruff format --check .
 	@mypy
-	@MYPYPATH= mypy plugins/action/*.py # each has the name of its module
 
 .PHONY: programs
 programs:

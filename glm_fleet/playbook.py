@@ -127,7 +127,6 @@ class Playbook:
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         # ansible-runner sets both, whatever ansible.cfg says.
         os.environ.setdefault("ANSIBLE_HOST_KEY_CHECKING", str(constants.HOST_KEY_CHECKING))
-        os.environ.setdefault("ANSIBLE_CALLBACK_PLUGINS", str(ROOT / "plugins/callback"))
         with journal.opened(self.run.output) as self.output:
             config = ansible_runner.RunnerConfig(
                 private_data_dir=str(self.private),

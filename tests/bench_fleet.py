@@ -116,9 +116,8 @@ def measure(*arguments: str, log: Path, count: int, trips: Path) -> tuple[float,
     Returns the most memory that it had, in bytes, and the median time of the yardstick beside it, in seconds.
     """
     ended = threading.Event()
-    process = start(
-        *arguments, log=log, count=count, ANSIBLE_CALLBACKS_ENABLED="round_trips", ROUND_TRIPS_JSON=str(trips)
-    )
+    callbacks = "glm.fleet.freeze_heap,glm.fleet.round_trips"
+    process = start(*arguments, log=log, count=count, ANSIBLE_CALLBACKS_ENABLED=callbacks, ROUND_TRIPS_JSON=str(trips))
     with ThreadPoolExecutor() as pool:
         memory = pool.submit(samples, lambda: tree_memory(process.pid), MEMORY_PAUSE, ended)
         yards = pool.submit(samples, yardstick, YARDSTICK_PAUSE, ended)

@@ -18,8 +18,8 @@ import jinja2
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "plugins/filter"))
-import names  # noqa: E402
+sys.path.insert(0, str(ROOT / "collections"))
+from ansible_collections.glm.fleet.plugins.filter import names  # noqa: E402
 
 FIRST = "glm"  # the user's settings
 

@@ -103,7 +103,7 @@ class Play:
             "ANSIBLE_NOCOLOR": "1",
             # Connections of their own: none of an earlier testbed at the same address.
             "ANSIBLE_SSH_CONTROL_PATH_DIR": str(self.scratch / "cp"),
-            "ANSIBLE_CALLBACKS_ENABLED": "round_trips",
+            "ANSIBLE_CALLBACKS_ENABLED": "glm.fleet.freeze_heap,glm.fleet.round_trips",
             "ROUND_TRIPS_JSON": str(trips),
         }
         command = ["ansible-playbook", playbook, "-i", str(inventory or self.inventory), *arguments]

@@ -28,7 +28,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
     def run(self, tmp: Any = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         result: dict[str, Any] = super().run(tmp, task_vars)
         asked = time.time()
-        result.update(self._execute_module(module_name="node_info", task_vars=task_vars))
+        result.update(self._execute_module(module_name="glm.fleet.node_info", task_vars=task_vars))
         if "node" in result:
             clock = result["node"]["clock"]
             clock["offset_seconds"] = offset(clock["begun"], clock["ended"], asked, time.time())

@@ -54,6 +54,9 @@ def is_gone(holder: dict[str, Any]) -> bool:
     return here and begun(int(holder["pid"])) != holder.get("begun")
 
 
+MODULE = "glm.fleet.rollout_lock"
+
+
 class ActionModule(ActionBase):  # type: ignore[misc]
     """Calls the module of this name, a second time where the holder is gone."""
 
@@ -63,11 +66,13 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         forced = bool(args.pop("break", False))
         wish = {**args, "owner": owner(), "instead_of": "any" if forced else ""}
         try:
-            answer = self._execute_module(module_name="rollout_lock", module_args=wish, task_vars=task_vars)
+            answer = self._execute_module(module_name=MODULE, module_args=wish, task_vars=task_vars)
             holder = answer.get("holder") or {}
             if not answer.get("failed") and not answer.get("mine", True) and is_gone(holder):
                 wish["instead_of"] = holder["token"]
-                answer = self._execute_module(module_name="rollout_lock", module_args=wish, task_vars=task_vars)
+                answer = self._execute_module(
+                    module_name="glm.fleet.rollout_lock", module_args=wish, task_vars=task_vars
+                )
                 holder = answer.get("holder") or {}
         except AnsibleConnectionFailure as problem:
             # Ansible would call the node unreachable for whom the task is delegated.

@@ -64,7 +64,7 @@ def summarise(lines: list[str]) -> dict[str, dict[str, Any]]:
     names = {address: host for host, address, *_ in trips if host}
     for host, address, task, action in trips:
         name = host or names.get(address, address)
-        waits[name] += action == "long_unit" and tasks[name][task] > 0
+        waits[name] += action == "glm.fleet.systemd_job" and tasks[name][task] > 0
         tasks[name][task] += 1
     return {
         host: {"round_trips": sum(counts.values()), "waits": waits[host], "tasks": dict(counts.most_common())}

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 # Ansible loads a filter by its file and puts no folder of a project's own on the path.
-sys.path.append(str(Path(__file__).resolve().parents[1] / "module_utils"))
-from findings import Finding, gib, listed, same_version, versions
+from ansible_collections.glm.fleet.plugins.plugin_utils.findings import Finding, gib, listed, same_version, versions
 
 DISTRIBUTIONS = ("ubuntu2204", "ubuntu2404", "debian12", "debian13")  # as NVIDIA writes them
 MIB = 1024**2

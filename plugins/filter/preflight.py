@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 # Ansible loads a filter by its file and puts no folder of a project's own on the path.
-sys.path.append(str(Path(__file__).resolve().parents[1] / "module_utils"))
-from findings import FIRST_BRANCH_OF_CUDA, GIB, Finding, gib, listed, same_version, versions
+from ansible_collections.glm.fleet.plugins.plugin_utils.findings import (
+    FIRST_BRANCH_OF_CUDA,
+    GIB,
+    Finding,
+    gib,
+    listed,
+    same_version,
+    versions,
+)
 
 # In the errors of image_digest and hub_manifest; a node that does not get there either says so itself.
 NOT_REACHED = "cannot be reached"

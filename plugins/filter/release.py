@@ -6,17 +6,14 @@ import hashlib
 import json
 import re
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
 
 # Ansible loads a filter by its file and puts no folder of a project's own on the path.
-sys.path.append(str(Path(__file__).resolve().parents[1] / "module_utils"))
-from findings import FIRST_BRANCH_OF_CUDA, GIB, Finding, versions
+from ansible_collections.glm.fleet.plugins.plugin_utils.findings import FIRST_BRANCH_OF_CUDA, GIB, Finding, versions
 
 UNIT = "glm-engine.service"
 Flags = list[list[str]]  # one list of words a flag

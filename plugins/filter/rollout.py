@@ -47,7 +47,7 @@ def batches(hosts: Sequence[str], waves: Iterable[Any]) -> list[list[str]]:
     return result
 
 
-def fewest_left(hosts: Sequence[str], waves: Iterable[Any], fleet: Mapping[str, Any]) -> str:
+def availability_violation(hosts: Sequence[str], waves: Iterable[Any], fleet: Mapping[str, Any]) -> str:
     """Why the waves would leave too few nodes, in one line; empty where they do not.
 
     `fleet` holds serving (names of the nodes that serve now), stopped (those that the run would stop),
@@ -108,7 +108,7 @@ def serving_nodes(
     ]
 
 
-def strangers(edges: Mapping[str, Mapping[str, Any]], nodes: Iterable[str]) -> list[str]:
+def unknown_backends(edges: Mapping[str, Mapping[str, Any]], nodes: Iterable[str]) -> list[str]:
     """One line for each node that a gateway offers and the inventory no longer has."""
     known = set(nodes)
     return [
@@ -146,7 +146,7 @@ def edge_servers(
     ]
 
 
-def moved_edges(
+def changed_backends(
     edges: Mapping[str, Mapping[str, Any]], servers: Iterable[Mapping[str, Any]], serving: Iterable[str]
 ) -> list[str]:
     """One line for each serving node that a gateway would lose at once, by another port or scheme.
@@ -271,11 +271,11 @@ class FilterModule:
     def filters(self) -> dict[str, Callable[..., Any]]:
         return {
             "wave_problems": wave_problems,
-            "fewest_left": fewest_left,
+            "availability_violation": availability_violation,
             "serving_nodes": serving_nodes,
-            "strangers": strangers,
+            "unknown_backends": unknown_backends,
             "offering": offering,
-            "moved_edges": moved_edges,
+            "changed_backends": changed_backends,
             "edge_servers": edge_servers,
             "failure_text": failure_text,
             "fleet_baseline": fleet_baseline,

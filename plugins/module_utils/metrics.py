@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ansible.module_utils.endpoint import Server, Wrong, need
+from ansible_collections.glm.fleet.plugins.module_utils.endpoint import Server, Wrong, need
 
 
 def series(text: str) -> Iterator[tuple[str, str, float]]:

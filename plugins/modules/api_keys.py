@@ -18,7 +18,7 @@ author: glm-fleet
 
 EXAMPLES = r"""
 - name: Have the API keys
-  api_keys:
+  glm.fleet.api_keys:
     path: "{{ gateway_api_keys_file }}"
     generate: true
   run_once: true

@@ -34,7 +34,7 @@ author: glm-fleet
 
 EXAMPLES = r"""
 - name: Try the client's settings
-  client_check:
+  glm.fleet.client_check:
     clients:
       chat:
         kind: openai
@@ -66,7 +66,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.endpoint import Response, Server, Wrong, need, shorten
+from ansible_collections.glm.fleet.plugins.module_utils.endpoint import Response, Server, Wrong, need, shorten
 
 
 class Client:

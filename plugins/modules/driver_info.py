@@ -64,7 +64,7 @@ author: glm-fleet
 
 EXAMPLES = r"""
 - name: Read what is there of a driver
-  driver_info:
+  glm.fleet.driver_info:
     packages: [nvidia-open-570, nvidia-fabricmanager-570]
     units: [nvidia-persistenced.service]
   register: result
@@ -110,8 +110,8 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.docker_socket import docker_get, docker_runs
-from ansible.module_utils.processes import open_files
+from ansible_collections.glm.fleet.plugins.module_utils.docker_socket import docker_get, docker_runs
+from ansible_collections.glm.fleet.plugins.module_utils.processes import open_files
 
 LOCK = "/var/lib/dpkg/lock-frontend"
 DISKS = ("/", "/boot", "/usr", "/var")

@@ -22,7 +22,7 @@ author: glm-fleet
 
 EXAMPLES = r"""
 - name: Wait until the engine has nothing to do
-  engine_load:
+  glm.fleet.engine_load:
     url: http://127.0.0.1:8001
     running: vllm:num_requests_running
     waiting: vllm:num_requests_waiting
@@ -38,7 +38,7 @@ idle: {description: Whether it has none., type: bool, returned: always}
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.metrics import load
+from ansible_collections.glm.fleet.plugins.module_utils.metrics import load
 
 INTERVAL = 0.2  # seconds between two looks
 

@@ -78,7 +78,7 @@ author: glm-fleet
 
 EXAMPLES = r"""
 - name: Install the unit and its environment
-  file_set:
+  glm.fleet.file_set:
     files:
       - path: /etc/systemd/system/example.service
         content: "{{ lookup('ansible.builtin.template', role_path ~ '/../../templates/example.service.j2') }}"

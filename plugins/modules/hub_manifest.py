@@ -57,7 +57,7 @@ author: glm-fleet
 
 EXAMPLES = r"""
 - name: List the checkpoint's files
-  hub_manifest:
+  glm.fleet.hub_manifest:
     repo: zai-org/GLM-5.2-FP8
     revision: 31cba24fb749908a485082bdeed6eb1ac6cffc2f
 """

@@ -53,7 +53,7 @@ author: glm-fleet
 
 EXAMPLES = r"""
 - name: Resolve the engine's image
-  image_digest:
+  glm.fleet.image_digest:
     ref: vllm/vllm-openai:glm52-cu129
   register: engine
 """

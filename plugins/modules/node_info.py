@@ -70,7 +70,7 @@ author: glm-fleet
 
 EXAMPLES = r"""
 - name: Read the node
-  node_info:
+  glm.fleet.node_info:
     paths: [/var/lib/glm]
     ports: [8000]
     urls:
@@ -109,8 +109,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.docker_socket import docker_get, docker_runs
-from ansible.module_utils.processes import open_files, parse_container_id
+from ansible_collections.glm.fleet.plugins.module_utils.docker_socket import docker_get, docker_runs
+from ansible_collections.glm.fleet.plugins.module_utils.processes import open_files, parse_container_id
 
 CDI_DIRECTORIES = ("/etc/cdi", "/var/run/cdi")
 LISTEN = "0A"

@@ -31,7 +31,7 @@ author: glm-fleet
 
 EXAMPLES = r"""
 - name: Note that the release serves
-  node_state:
+  glm.fleet.node_state:
     phase: serving
     release: 0123456789ab
     rollout_id: 20260701T120000

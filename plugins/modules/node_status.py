@@ -24,7 +24,7 @@ author: glm-fleet
 
 EXAMPLES = r"""
 - name: Read how the node does
-  node_status:
+  glm.fleet.node_status:
     metrics: {vllm: {running: "vllm:num_requests_running", waiting: "vllm:num_requests_waiting"}}
 """
 
@@ -46,8 +46,8 @@ import subprocess
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.haproxy import SOCKET, HAProxy, Unavailable
-from ansible.module_utils.metrics import load
+from ansible_collections.glm.fleet.plugins.module_utils.haproxy import SOCKET, HAProxy, Unavailable
+from ansible_collections.glm.fleet.plugins.module_utils.metrics import load
 
 UNIT = "glm-engine.service"
 

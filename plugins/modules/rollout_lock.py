@@ -31,7 +31,7 @@ author: glm-fleet
 
 EXAMPLES = r"""
 - name: Let no other rollout begin
-  rollout_lock:
+  glm.fleet.rollout_lock:
     state: held
 """
 

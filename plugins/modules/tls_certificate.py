@@ -13,7 +13,7 @@ author: glm-fleet
 
 EXAMPLES = r"""
 - name: Check the certificate
-  tls_certificate:
+  glm.fleet.tls_certificate:
     path: "{{ gateway_tls_certificate_file }}"
   run_once: true
 """

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.endpoint import Server, Wrong, need, shorten
-from ansible.module_utils.metrics import samples
+from ansible_collections.glm.fleet.plugins.module_utils.endpoint import Server, Wrong, need, shorten
+from ansible_collections.glm.fleet.plugins.module_utils.metrics import samples
 
 DOCUMENTATION = r"""
 module: verify_endpoint
@@ -66,7 +66,7 @@ author: glm-fleet
 
 EXAMPLES = r"""
 - name: Ask the endpoint
-  verify_endpoint:
+  glm.fleet.verify_endpoint:
     url: http://127.0.0.1:8000
     engine_url: http://127.0.0.1:8001
     models: [glm-5.2-fp8]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import release
 import yaml
+from ansible_collections.glm.fleet.plugins.filter import release
 
 ENGINES = Path(__file__).resolve().parents[2] / "engines"
 PROFILES = sorted(ENGINES.glob("*/profiles/*.yml"))

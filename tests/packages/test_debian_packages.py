@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import ansible
-import driver
-import driver_info
 import pytest
 import yaml
+from ansible_collections.glm.fleet.plugins.filter import driver
+from ansible_collections.glm.fleet.plugins.modules import driver_info
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "glm-debian-packages"
@@ -65,11 +65,11 @@ def info() -> Iterator[dict[str, Any]]:
         docker("exec", NAME, "sh", "-c", INSTALL)
         docker("exec", NAME, "mkdir", "/tmp/lib")
         docker("cp", str(Path(ansible.__file__).parent), f"{NAME}:/tmp/lib/ansible")
-        docker("cp", f"{ROOT / 'plugins/module_utils'}/.", f"{NAME}:/tmp/lib/ansible/module_utils")
-        docker("cp", str(ROOT / "plugins/modules"), f"{NAME}:/tmp/modules")
+        docker("exec", NAME, "mkdir", "-p", "/tmp/lib/ansible_collections/glm/fleet")
+        docker("cp", str(ROOT / "plugins"), f"{NAME}:/tmp/lib/ansible_collections/glm/fleet/plugins")
         options = yaml.safe_load(driver_info.DOCUMENTATION)["options"]
         arguments = {name: option["default"] for name, option in options.items()} | {"packages": ["nvlsm"]}
-        python = ("env", "PYTHONPATH=/tmp/lib:/tmp/modules", "/usr/bin/python3", "-c", ASK)
+        python = ("env", "PYTHONPATH=/tmp/lib", "/usr/bin/python3", "-c", ASK)
         seen: dict[str, Any] = json.loads(docker("exec", "-i", NAME, *python, stdin=json.dumps(arguments)))
         version = driver.upstream(seen["installed"]["nvidia-open-kernel-dkms"])
         seen["loaded"] = {"version": version, "branch": 550, "open": True}

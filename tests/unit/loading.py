@@ -1,4 +1,4 @@
-"""Loads what the tests cannot import by its name: programs, and plugins that share one with another."""
+"""Loads what the tests cannot import by its name: programs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,6 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def load(kind: str, name: str) -> ModuleType:
-    """A module (kind modules), or the action plugin that calls it (kind action)."""
-    return load_file(ROOT / "plugins" / kind / f"{name}.py", f"{name}_{kind}")
 
 
 def load_file(path: Path, name: str) -> ModuleType:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.glm.fleet.plugins.action import api_keys, tls_certificate
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -22,10 +23,8 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
 )
-from loading import load
 
 # Of each there is a module too, for its documentation.
-api_keys, tls_certificate = load("action", "api_keys"), load("action", "tls_certificate")
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY, OTHER_KEY = "sk-glm-" + "k" * 43, "sk-glm-" + "o" * 43
@@ -112,7 +111,7 @@ def run_task(task: dict[str, Any], *options: str, directory: Path) -> dict[str, 
 
 def test_the_plugin_makes_keys_once_and_shows_none(tmp_path: Path) -> None:
     path = tmp_path / "keys/api-keys.txt"
-    task = {"api_keys": {"path": str(path), "generate": True}}
+    task = {"glm.fleet.api_keys": {"path": str(path), "generate": True}}
 
     promised = run_task(task, "--check", directory=tmp_path)
     assert promised["changed"] and promised["digests"] == [] and not path.exists()
@@ -128,7 +127,7 @@ def test_the_plugin_makes_keys_once_and_shows_none(tmp_path: Path) -> None:
 
 def test_the_plugin_says_what_to_do_about_a_missing_file(tmp_path: Path) -> None:
     path = tmp_path / "absent"
-    result = run_task({"api_keys": {"path": str(path)}}, directory=tmp_path)
+    result = run_task({"glm.fleet.api_keys": {"path": str(path)}}, directory=tmp_path)
     assert result["msg"] == f"{path} does not exist: site.yml makes it, or put one key a line in it"
 
 
@@ -185,6 +184,6 @@ def test_the_plugin_reads_a_certificate(tmp_path: Path) -> None:
     path = tmp_path / "edge.pem"
     path.write_text("".join(pem()))
     path.chmod(0o600)
-    assert run_task({"tls_certificate": {"path": str(path)}}, directory=tmp_path)["expires"]
-    missing = run_task({"tls_certificate": {"path": f"{path}.absent"}}, directory=tmp_path)
+    assert run_task({"glm.fleet.tls_certificate": {"path": str(path)}}, directory=tmp_path)["expires"]
+    missing = run_task({"glm.fleet.tls_certificate": {"path": f"{path}.absent"}}, directory=tmp_path)
     assert missing["msg"] == f"{path}.absent: No such file or directory"

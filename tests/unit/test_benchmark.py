@@ -15,9 +15,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import benchmark as plugin
 import pytest
 import yaml
+from ansible_collections.glm.fleet.plugins.filter import benchmark as plugin
 from loading import load_file
 
 ROOT = Path(__file__).resolve().parents[2]

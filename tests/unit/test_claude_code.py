@@ -24,7 +24,7 @@ PLAY = """
   connection: local
   gather_facts: false
   roles:
-    - role: clients
+    - role: glm.fleet.clients
       clients_url: {url}
       clients_models: [glm-5.2-fp8]
       clients_auth: none

@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import client_check
 import pytest
 import yaml
+from ansible_collections.glm.fleet.plugins.modules import client_check
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS: dict[str, Any] = yaml.safe_load((ROOT / "roles/verify/files/questions.yml").read_text())

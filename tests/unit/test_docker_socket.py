@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible.module_utils import docker_socket
+from ansible_collections.glm.fleet.plugins.module_utils import docker_socket
 
 ANSWERS = {"/info": (200, b'{"ServerVersion": "28.0"}'), "/broken": (200, b"{"), "/absent": (404, b'{"message": "no"}')}
 

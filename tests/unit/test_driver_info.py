@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-import driver_info
 import pytest
 import yaml
+from ansible_collections.glm.fleet.plugins.modules import driver_info
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "nvidia-smi"
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import driver
 import pytest
 import yaml
+from ansible_collections.glm.fleet.plugins.filter import driver
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 1024**3
@@ -915,7 +915,7 @@ def test_the_line_of_another_task_stays_as_it_is(world: World) -> None:
 
 def test_ansible_loads_the_filters_that_share_code(tmp_path: Path, world: World) -> None:
     """It puts no folder of the project on the path, as the tests do."""
-    expression = "{{ seen.info | driver_plan({}, seen.bom, seen.wanted) | to_json }}"
+    expression = "{{ seen.info | glm.fleet.driver_plan({}, seen.bom, seen.wanted) | to_json }}"
     (tmp_path / "seen.json").write_text(json.dumps({"seen": vars(world)}))
     command = ["ansible", "localhost", "--inventory", "localhost,", "--connection", "local", "--extra-vars"]
     command += [f"@{tmp_path}/seen.json", "--module-name", "ansible.builtin.debug", "--args", f"msg='{expression}'"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from loading import load_file
+from ansible_collections.glm.fleet.plugins.filter import benchmark
 from test_engine_launch import engine_launch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,7 +105,6 @@ def test_a_real_engine_reports_every_metric_that_is_read(name: str) -> None:
 
 @pytest.mark.parametrize(("engine", "output_tok_s"), [("vllm", 366.193), ("sglang", 7671.495)])
 def test_a_real_benchmark_holds_every_figure(engine: str, output_tok_s: float) -> None:
-    benchmark = load_file(ROOT / "plugins/filter/benchmark.py", "benchmark_of_logs")
     client = yaml.safe_load((ROOT / f"engines/{engine}/benchmark.yml").read_text(encoding="utf-8"))
     raw = json.loads((FIXTURES / f"{engine}-cuda/reference-bench.json").read_text(encoding="utf-8"))
     workload = {"input_len": 1024, "output_len": 128, "num_prompts": 64, "max_concurrency": 32, "seed": 1}

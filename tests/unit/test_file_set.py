@@ -6,8 +6,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
-import file_set
 import pytest
+from ansible_collections.glm.fleet.plugins.modules import file_set
 
 
 def mode_of(path: Path) -> int:

@@ -4,8 +4,8 @@ import gc
 import weakref
 from collections.abc import Iterator
 
-import freeze_heap
 import pytest
+from ansible_collections.glm.fleet.plugins.callback import freeze_heap
 
 
 class Node:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gpu_info
 import pytest
+from ansible_collections.glm.fleet.plugins.modules import gpu_info
 from loading import load_file
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "nvidia-smi"

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from hub_manifest import Hub, HubError, build_manifest
+from ansible_collections.glm.fleet.plugins.modules.hub_manifest import Hub, HubError, build_manifest
 from small_hub import REPO, REVISION, SHARDS, TOKEN, SmallHub, model, small_hub
 
 

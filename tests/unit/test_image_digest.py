@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import image_digest
 import pytest
+from ansible_collections.glm.fleet.plugins.modules import image_digest
 
 INDEX, MANIFEST = image_digest.INDEX_TYPES[1], image_digest.MANIFEST_TYPES[1]
 

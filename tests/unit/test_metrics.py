@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from ansible.module_utils import metrics
+from ansible_collections.glm.fleet.plugins.module_utils import metrics
 
 TEXT = """\
 # HELP requests In flight.

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from names import differing_settings, role_variables, variables_of_roles
+from ansible_collections.glm.fleet.plugins.filter.names import differing_settings, role_variables, variables_of_roles
 
 ROLES = variables_of_roles(str(Path(__file__).resolve().parents[2] / "roles"))
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import node_info
 import pytest
-from loading import load
+from ansible_collections.glm.fleet.plugins.action import node_info as action
+from ansible_collections.glm.fleet.plugins.modules import node_info
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -216,7 +216,7 @@ def test_files(tmp_path: Path) -> None:
 )
 def test_clock_offset(begun: float, ended: float, found: float) -> None:
     """Asked at 1000, answered at 1015."""
-    assert load("action", "node_info").offset(begun, ended, 1000.0, 1015.0) == found
+    assert action.offset(begun, ended, 1000.0, 1015.0) == found
 
 
 def test_nothing_there_is_no_error(tmp_path: Path) -> None:

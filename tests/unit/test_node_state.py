@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import node_state
 import pytest
+from ansible_collections.glm.fleet.plugins.modules import node_state
 
 WANTED = {"phase": "serving", "release": "a", "previous": "", "rollout_id": "1", "reason": ""}
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import node_status
 import pytest
+from ansible_collections.glm.fleet.plugins.modules import node_status
 
 
 def read(tmp_path: Path, **more: Any) -> dict[str, Any]:

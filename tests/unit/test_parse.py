@@ -110,7 +110,7 @@ PLAY = """
     inference_service_profile_name: reference
     __inference_service_release: {flags: [--model, /m]}
   tasks:
-    - ansible.builtin.include_role: {name: inference_service, tasks_from: parse}
+    - ansible.builtin.include_role: {name: glm.fleet.inference_service, tasks_from: parse}
     - ansible.builtin.copy: {dest: NOTES, content: "{{ __inference_service_notes | default([]) | to_json }}"}
 """
 

@@ -8,11 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import gpu_info
-import names
-import preflight
 import pytest
 import yaml
+from ansible_collections.glm.fleet.plugins.filter import names, preflight
+from ansible_collections.glm.fleet.plugins.modules import gpu_info
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "nvidia-smi"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import questions
 import yaml
+from ansible_collections.glm.fleet.plugins.filter import questions
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS: dict[str, Any] = yaml.safe_load((ROOT / "roles/verify/files/questions.yml").read_text())

@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-import release
 from ansible.errors import AnsibleFilterError
+from ansible_collections.glm.fleet.plugins.filter import release
 
 ENGINE: dict[str, Any] = {
     "name": "vllm",

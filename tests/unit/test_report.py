@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import report as plugin
+from ansible_collections.glm.fleet.plugins.filter import report as plugin
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "report"
@@ -25,10 +25,10 @@ PLAY = """
   tasks:
     - ansible.builtin.set_fact: {__glm_started: '2026-07-01T10:00:00Z'}
     - ansible.builtin.include_vars: {file: SETTINGS, name: known}
-    - ansible.builtin.import_role: {name: report, tasks_from: node}
+    - ansible.builtin.import_role: {name: glm.fleet.report, tasks_from: node}
       when: inventory_hostname in known
       vars: VARS
-    - ansible.builtin.import_role: {name: report}
+    - ansible.builtin.import_role: {name: glm.fleet.report}
       run_once: true
       delegate_to: localhost
       become: false

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-import rollout
+from ansible_collections.glm.fleet.plugins.filter import rollout
 
 NODES = ["a", "b", "c", "d"]
 WORKLOAD = {"input_len": 1, "output_len": 2, "num_prompts": 3, "max_concurrency": 4}
@@ -37,7 +37,7 @@ def test_batches_are_ansibles() -> None:
 
 def left(waves: list[Any], **changes: Any) -> str:
     fleet = {"serving": NODES, "stopped": NODES, "min_available": 1, "total": 4, "accept_downtime": False, **changes}
-    return rollout.fewest_left(NODES, waves, fleet)
+    return rollout.availability_violation(NODES, waves, fleet)
 
 
 def test_enough_nodes_are_left() -> None:
@@ -94,7 +94,7 @@ def test_a_minimum_that_is_none() -> None:
 
 def test_a_node_that_left_the_inventory_in_rotation() -> None:
     edges = {"gw": {"a": {"rotation": "in"}, "x": {"rotation": "in"}, "y": {"rotation": "out"}}}
-    (line,) = rollout.strangers(edges, NODES)
+    (line,) = rollout.unknown_backends(edges, NODES)
     assert line.startswith("gw offers the node x, which is not in the inventory: put it back, drain it")
 
 
@@ -199,9 +199,9 @@ def test_a_gateways_servers() -> None:
 def test_an_edge_that_would_be_lost_at_once() -> None:
     known = {"gw": {"a": {"port": 8000, "tls": False}, "b": {"port": 8000, "tls": False}}}
     servers = [{"name": name, "port": 8000, "tls": True} for name in ("a", "b", "new")]
-    (line,) = rollout.moved_edges(known, servers, ["a"])
+    (line,) = rollout.changed_backends(known, servers, ["a"])
     assert line.startswith("gw reaches a by port 8000 without TLS, and would by port 8000 with TLS before that node")
-    assert rollout.moved_edges(known, [{"name": "a", "port": 8000, "tls": False}], ["a"]) == []
+    assert rollout.changed_backends(known, [{"name": "a", "port": 8000, "tls": False}], ["a"]) == []
 
 
 def test_what_serves_now() -> None:

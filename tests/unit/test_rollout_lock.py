@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loading import load
+from ansible_collections.glm.fleet.plugins.action import rollout_lock as ACTION
+from ansible_collections.glm.fleet.plugins.modules import rollout_lock as MODULE
 
 A = {"user": "a", "host": "one", "boot": "x", "pid": 1, "begun": "10"}
 B = {"user": "b", "host": "two", "boot": "y", "pid": 2, "begun": "20"}
-MODULE, ACTION = load("modules", "rollout_lock"), load("action", "rollout_lock")
 
 
 @pytest.fixture

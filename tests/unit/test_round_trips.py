@@ -2,7 +2,7 @@
 
 import json
 
-import round_trips
+from ansible_collections.glm.fleet.plugins.callback import round_trips
 
 
 def lines(*trips: tuple[str, str, str], action: str = "command") -> list[str]:
@@ -27,7 +27,11 @@ def test_a_delegated_task_counts_for_the_host_that_it_goes_to() -> None:
 
 def test_a_long_unit_that_is_followed_on_is_a_wait() -> None:
     trips = lines(
-        ("n1", "1", "Pull"), ("n1", "1", "Pull"), ("n1", "1", "Pull"), ("n1", "1", "Copy"), action="long_unit"
+        ("n1", "1", "Pull"),
+        ("n1", "1", "Pull"),
+        ("n1", "1", "Pull"),
+        ("n1", "1", "Copy"),
+        action="glm.fleet.systemd_job",
     )
     figures = round_trips.summarise(trips)["n1"]
     assert (figures["round_trips"], figures["waits"]) == (4, 2)

@@ -13,11 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import endpoint
 import pytest
-import verify_endpoint
 import yaml
-from ansible.module_utils.endpoint import Wrong
+from ansible_collections.glm.fleet.plugins.module_utils import endpoint
+from ansible_collections.glm.fleet.plugins.module_utils.endpoint import Wrong
+from ansible_collections.glm.fleet.plugins.modules import verify_endpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS: dict[str, Any] = yaml.safe_load((ROOT / "roles/verify/files/questions.yml").read_text())

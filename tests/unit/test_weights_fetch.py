@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from hub_manifest import Hub
+from ansible_collections.glm.fleet.plugins.modules.hub_manifest import Hub
 from small_hub import DOCKER, REPO, REVISION, SHARDS, TOKEN, SmallHub, model, small_hub
 
 PROGRAM = Path(__file__).resolve().parents[2] / "roles" / "model_weights" / "files" / "weights-fetch"

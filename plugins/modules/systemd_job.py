@@ -12,7 +12,7 @@ from typing import Any, Callable
 from ansible.module_utils.basic import AnsibleModule
 
 DOCUMENTATION = r"""
-module: long_unit
+module: systemd_job
 short_description: Start a systemd unit and wait for it, with its progress on the terminal
 description:
   - Starts the unit and waits until it has finished (C(Type=oneshot)) or is active (any other type).
@@ -43,7 +43,7 @@ author: glm-fleet
 
 EXAMPLES = r"""
 - name: Download the weights
-  long_unit:
+  glm.fleet.systemd_job:
     name: glm-weights.service
     timeout: 14400
 """
@@ -61,7 +61,7 @@ SYSTEMCTL_PROPERTIES = (
     "Type,LoadState,ActiveState,SubState,Result,Job,StatusText,InvocationID,ExecMainStatus,NeedDaemonReload,"
     "ActiveExitTimestampMonotonic,ActiveEnterTimestampMonotonic"
 )
-TOKENS = "/run/long_unit"
+TOKENS = "/run/systemd_job"
 ERROR_PREFIX = "glm: error:"
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

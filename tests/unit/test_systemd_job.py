@@ -1,4 +1,4 @@
-"""long_unit: what the module makes of systemd's answers, and how the action plugin follows a run."""
+"""systemd_job: what the module makes of systemd's answers, and how the action plugin follows a run."""
 
 import subprocess
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from ansible.errors import AnsibleConnectionFailure
-from loading import load
-
-module, action = load("modules", "long_unit"), load("action", "long_unit")
+from ansible.plugins.action import ActionBase
+from ansible_collections.glm.fleet.plugins.action import systemd_job as action
+from ansible_collections.glm.fleet.plugins.modules import systemd_job as module
 
 ONESHOT = {"Type": "oneshot", "LoadState": "loaded", "Result": "success", "ExecMainStatus": "0"}
 IDLE = {**ONESHOT, "ActiveState": "inactive", "SubState": "dead"}
@@ -83,7 +83,7 @@ def client(monkeypatch: pytest.MonkeyPatch, code: int | None, stderr: str = "", 
 
         return SimpleNamespace(returncode=code, communicate=communicate, kill=lambda: None)
 
-    monkeypatch.setattr(module.subprocess, "Popen", popen)
+    monkeypatch.setattr(subprocess, "Popen", popen)
     return calls
 
 
@@ -204,7 +204,7 @@ def follow(monkeypatch: pytest.MonkeyPatch, answers: list[Any], **args: Any) -> 
             raise now
         return now
 
-    monkeypatch.setattr(action.ActionBase, "run", lambda *_: {})
+    monkeypatch.setattr(ActionBase, "run", lambda *_: {})
     monkeypatch.setattr(action, "Display", lambda: SimpleNamespace(display=shown.append))
     monkeypatch.setattr(action, "RECONNECT_PAUSE", 0.0)
     plugin = object.__new__(action.ActionModule)

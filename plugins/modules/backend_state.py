@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 DOCUMENTATION = r"""
-module: edge_rotation
+module: backend_state
 short_description: Which nodes an edge offers to new requests
 description:
   - Speaks HAProxy's runtime interface on the host of the edge. What is set survives reloads and restarts.
@@ -32,7 +32,7 @@ author: glm-fleet
 
 EXAMPLES = r"""
 - name: Take a node out of rotation
-  edge_rotation:
+  glm.fleet.backend_state:
     server: node-1
     rotation: out
     wait: 10
@@ -53,7 +53,7 @@ import time
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.haproxy import BACKEND, SOCKET, HAProxy, Unavailable
+from ansible_collections.glm.fleet.plugins.module_utils.haproxy import BACKEND, SOCKET, HAProxy, Unavailable
 
 INTERVAL = 0.2  # seconds between two looks
 KEEP = "/opt/glm/bin/gateway-reload"  # writes the state that HAProxy reads on its next start

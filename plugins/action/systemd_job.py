@@ -14,6 +14,7 @@ from ansible.utils.display import Display
 # a short run shows its progress soon and a long one costs few calls. All end with the run.
 FIRST_WAIT, LONGEST_WAIT = 5.0, 30.0
 RECONNECT_PAUSE = 5.0
+MODULE = "glm.fleet.systemd_job"
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
@@ -71,7 +72,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         lost_at: float | None = None
         while True:
             try:
-                return self._execute_module(module_name="long_unit", module_args=args, task_vars=task_vars), {}
+                return self._execute_module(module_name=MODULE, module_args=args, task_vars=task_vars), {}
             except AnsibleConnectionFailure as problem:
                 lost_at = lost_at or time.monotonic()
                 if time.monotonic() - lost_at >= patience:

@@ -20,7 +20,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
     def run(self, tmp: Any = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         result: dict[str, Any] = super().run(tmp, task_vars)
         try:
-            result.update(self._execute_module(module_name="edge_rotation", task_vars=task_vars))
+            result.update(self._execute_module(module_name="glm.fleet.backend_state", task_vars=task_vars))
         except AnsibleConnectionFailure as problem:
             host = self._task.delegate_to or (task_vars or {}).get("inventory_hostname")
             result.update(failed=True, msg=f"the edge {host} was not reached: {' '.join(str(problem).split())}")
