@@ -30,7 +30,7 @@ PHASES: tuple[tuple[str, str, str], ...] = (
     ("", "Count the failures", "done"),
 )
 # What a command is run for, by the variable that holds it.
-FACTS = {"__verify_result": "verify", "__benchmark_result": "benchmark"}
+FACTS = {"verify_result": "verify", "benchmark_result": "benchmark"}
 # The tasks that say what it was run for.
 SAID = {
     "Show the engine's command and environment": "command",
@@ -103,8 +103,8 @@ class Translator:
             yield "phase", {"host": host, "phase": now}
         result = data.get("res") or {}
         facts = result.get("ansible_facts") or {}
-        if "__report_node" in facts:
-            yield "entry", {"host": host, "entry": facts["__report_node"]}
+        if "report_entry" in facts:
+            yield "entry", {"host": host, "entry": facts["report_entry"]}
         for variable, name in FACTS.items():
             if variable in facts:
                 yield "fact", {"host": host, "name": name, "value": facts[variable]}

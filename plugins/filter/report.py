@@ -71,9 +71,9 @@ def report_collect(hosts: Sequence[str], hostvars: Mapping[str, Mapping[str, Any
 
     A node without one did not come as far as verification. Where no node has one, this run only renders a report.
     """
-    seen = {host: dict(hostvars[host]["__report_node"]) for host in hosts if "__report_node" in hostvars[host]}
+    seen = {host: dict(hostvars[host]["report_entry"]) for host in hosts if "report_entry" in hostvars[host]}
     lost = report_node({"reason": "the run ended for this node before it was verified: its output says why"})
-    begun = [str(hostvars[host]["__glm_started"]) for host in hosts if "__glm_started" in hostvars[host]]
+    begun = [str(hostvars[host]["glm_started"]) for host in hosts if "glm_started" in hostvars[host]]
     return {
         "entries": {host: seen.get(host, lost) for host in hosts} if seen else {},
         "started": min(begun) if begun and seen else "",

@@ -100,7 +100,7 @@ def serving_nodes(
     return [
         node
         for node in nodes
-        if not (seen := hostvars[node].get("__preflight_node") or {})
+        if not (seen := hostvars[node].get("preflight_node") or {})
         or (
             (seen.get("state") or {}).get("phase") == "serving"
             and ((seen.get("units") or {}).get("glm-engine.service") or {}).get("active") == "active"

@@ -71,7 +71,7 @@ def test_events_become_what_happened() -> None:
         ran("start", "node-1", "Name the run"),
         ran("ok", "node-1", "Take the node out of rotation on every edge", "rotation", changed=True),
         {"event": "verbose", "stdout": "node-1 · glm-weights.service · 40 % of 12 GB, 1.2 GB/s, 6 s left\n"},
-        ran("ok", "node-1", "Put the node's entry together", "report", ansible_facts={"__report_node": {"ok": True}}),
+        ran("ok", "node-1", "Put the node's entry together", "report", ansible_facts={"report_entry": {"ok": True}}),
         ran("failed", "node-1", "Hold the lock", holder={"user": "alice"}, mine=False, msg="another rollout"),
     ]
     facts = [fact for event in events for fact in translator.translate(event)]

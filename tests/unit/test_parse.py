@@ -108,10 +108,10 @@ PLAY = """
     inference_service_image: {ref: "vllm/vllm-openai:new", pull_ref: "vllm/vllm-openai@sha256:0"}
     inference_service_engine: {name: vllm}
     inference_service_profile_name: reference
-    __inference_service_release: {flags: [--model, /m]}
+    inference_service_release: {flags: [--model, /m]}
   tasks:
     - ansible.builtin.include_role: {name: glm.fleet.inference_service, tasks_from: parse}
-    - ansible.builtin.copy: {dest: NOTES, content: "{{ __inference_service_notes | default([]) | to_json }}"}
+    - ansible.builtin.copy: {dest: NOTES, content: "{{ inference_service_notes | default([]) | to_json }}"}
 """
 
 

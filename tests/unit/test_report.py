@@ -23,7 +23,7 @@ PLAY = """
   gather_facts: false
   vars: {report_served_model_name: glm-5.2-fp8}
   tasks:
-    - ansible.builtin.set_fact: {__glm_started: '2026-07-01T10:00:00Z'}
+    - ansible.builtin.set_fact: {glm_started: '2026-07-01T10:00:00Z'}
     - ansible.builtin.include_vars: {file: SETTINGS, name: known}
     - ansible.builtin.import_role: {name: glm.fleet.report, tasks_from: node}
       when: inventory_hostname in known

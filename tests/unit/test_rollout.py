@@ -207,7 +207,7 @@ def test_an_edge_that_would_be_lost_at_once() -> None:
 def test_what_serves_now() -> None:
     def node(phase: str, active: str) -> dict[str, Any]:
         units = {"glm-engine.service": {"active": active}}
-        return {"__preflight_node": {"state": {"phase": phase}, "units": units}}
+        return {"preflight_node": {"state": {"phase": phase}, "units": units}}
 
     hostvars = {"a": node("serving", "active"), "b": node("failed", "active"), "c": node("serving", "failed"), "d": {}}
     assert rollout.serving_nodes(["a", "b", "c"], hostvars, {}) == ["a"]

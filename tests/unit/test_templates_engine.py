@@ -27,8 +27,8 @@ PLAY = """
     - ansible.builtin.include_tasks: "{root}/roles/inference_service/tasks/settings.yml"
     - ansible.builtin.set_fact:
         rendered:
-          id: "{{{{ __inference_service_release.id }}}}"
-          run: "{{{{ __inference_service_release.run }}}}"
+          id: "{{{{ inference_service_release.id }}}}"
+          run: "{{{{ inference_service_release.run }}}}"
           env: "{{{{ __inference_service_env_file }}}}"
           release: "{{{{ lookup('ansible.builtin.template', '{root}/templates/release.json.j2') }}}}"
           unit: "{{{{ lookup('ansible.builtin.template', '{root}/templates/glm-engine.service.j2') }}}}"

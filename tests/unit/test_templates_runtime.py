@@ -49,7 +49,7 @@ def render(directory: Path, docker: dict[str, Any], **variables: Any) -> dict[st
     }  # fmt: skip
     (directory / "play.yml").write_text(yaml.safe_dump([play]))
     (directory / "vars.yml").write_text(yaml.safe_dump({
-        "container_runtime_node": node, "__engine_image": IMAGE, "__model_weights_manifest": MANIFEST,
+        "container_runtime_node": node, "engine_image_resolved": IMAGE, "model_weights_manifest": MANIFEST,
         "model_weights_image": IMAGE["pull_ref"], "ansible_facts": {"distribution": "Debian"},
         "ansible_python_interpreter": sys.executable, **variables,
     }))  # fmt: skip
