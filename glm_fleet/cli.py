@@ -277,7 +277,7 @@ def report(
     with tempfile.TemporaryDirectory(prefix="glm-fleet.") as scratch:
         file = Path(scratch) / "run.json"
         file.write_text(json.dumps(entries), encoding="utf-8")
-        settings = {"report_run_file": str(file), "report_fail": False, "report_directory": str(target)}
+        settings = {"report_run_file": str(file), "report_fail": False, "report_run_directory": str(target)}
         arguments = vault_arguments(vault_password_file)
         order = Order("report", "playbooks/report.yml", read.path, extra=[settings], arguments=arguments)
         outcome = execute(order, journal.create(Path(scratch), "report"), State("report", ()), silent=True)
@@ -297,7 +297,7 @@ def vault_arguments(vault_password_file: Path | None) -> list[str]:
 
 
 def results_of(inventory: Inventory) -> Path:
-    return ROOT / "results" / inventory.name
+    return inventory.results
 
 
 def runs_of(inventory: Inventory, runs: Path | None) -> Path:

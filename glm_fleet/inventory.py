@@ -17,10 +17,13 @@ class Inventory:
     """Where an inventory is, and the hosts of the two groups that count.
 
     name: that of its results: its setting report_inventory_name, else its directory's.
+    results: where these go: a folder of that name in its setting glm_results_dir, else in results/ where the command is
+        called.
     """
 
     path: Path
     name: str
+    results: Path
     nodes: tuple[str, ...]
     gateways: tuple[str, ...]
 
@@ -67,13 +70,17 @@ def read(path: Path, vault_password_file: Path | None = None) -> Inventory:
     if not groups.get("nodes"):
         raise UsageProblem(f"{path}: the inventory has no host in its group nodes: add one, as inventory/lambda shows")
     directory = path if path.is_dir() else path.parent
-    own = ""
+    own: dict[str, str] = {}
     with suppress(AnsibleError), redirect_stderr(said):  # variables that are encrypted or broken: the run will tell
         first = manager.get_host(groups["nodes"][0])
-        own = VariableManager(loader=loader, inventory=manager).get_vars(host=first).get("report_inventory_name", "")
+        seen = VariableManager(loader=loader, inventory=manager).get_vars(host=first)
+        own = {name: str(seen.get(name, "")) for name in ("report_inventory_name", "glm_results_dir")}
+        own = {name: value for name, value in own.items() if value and "{" not in value}
+    name = own.get("report_inventory_name") or directory.resolve().name
     return Inventory(
         path=path.resolve(),
-        name=str(own) if own and "{" not in str(own) else directory.resolve().name,
+        name=name,
+        results=Path(own.get("glm_results_dir", "results")).expanduser().resolve() / name,
         nodes=tuple(groups["nodes"]),
         gateways=tuple(groups.get("gateways", ())),
     )

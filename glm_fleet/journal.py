@@ -3,14 +3,16 @@
 Each line has `at` (UTC, ISO 8601) and `what`:
 
     begin     command, inventory, limit, check, pid
-    play      play
+    play      play, waves (whether it goes through the nodes in waves)
     wave      number (from 1), host             its turn begins
     phase     host, phase                      what is being done to a node
     approval  wave                             the answer to a pause is waited for
-    result    host, outcome (changed, failed, unreachable), role, task, seconds, message
+    result    host, outcome (changed, failed, unreachable), role, task, seconds, message, failure (id, host, text,
+              fix, unit, nothing_changed)
     progress  host, text                       of a long step
     fact      host, name, value                verify, benchmark, command or verdict
     entry     host, entry                      of the node in report.json
+    stats     changed, failures, dark, rescued, processed   counts by host
     end       exit_code, messages, hosts
 
 A line holds what Ansible shows, never arguments, variables or the environment.
@@ -23,6 +25,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -104,6 +107,20 @@ class Writer:
 
     def close(self) -> None:
         self.file.close()
+
+
+class Follower:
+    """Reads the lines that were added since."""
+
+    def __init__(self, run: Run) -> None:
+        self.file = run.journal.open(encoding="utf-8", errors="replace", newline="\n")
+        self.rest = ""
+
+    def new(self) -> Iterator[Line]:
+        *whole, self.rest = (self.rest + self.file.read()).split("\n")
+        for text in whole:
+            with suppress(ValueError):
+                yield json.loads(text)
 
 
 def create(runs: Path, command: str) -> Run:

@@ -18,7 +18,6 @@ from typing import Any
 
 from glm_fleet import journal
 from glm_fleet.errors import Exit
-from glm_fleet.events import Translator
 
 ROOT = Path(__file__).resolve().parent.parent
 # What ansible-playbook may see of the environment: a token that happens to be in it stays out of the run.
@@ -26,9 +25,10 @@ KEPT = re.compile(
     r"^(PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_.*|TERM|TMPDIR|TZ|SSH_AUTH_SOCK|VIRTUAL_ENV|COLUMNS|GLM_CACHE"
     r"|GLM_BENCH_NODES|(?i:https?|no)_(?i:proxy)|ANSIBLE_(?!.*(PASSWORD|TOKEN|SECRET)$).*)$"
 )
+STATS = ("changed", "failures", "dark", "rescued", "processed")
 GRACE = 5.0  # seconds that a stopped ansible-playbook has to end its workers
-# The tasks that follow from the stop file, and from --pause.
-ENDINGS = {"End here, as the user wants it", "Halt the rollout without a yes"}
+# The failures that follow from the stop file, and from --pause.
+ENDINGS = {"stopped_by_user", "not_approved"}
 
 
 @dataclass
@@ -61,9 +61,11 @@ class Playbook:
 
     def __init__(self, order: Order, run: journal.Run, listen: Callable[[journal.Line], None]) -> None:
         self.order, self.run, self.listen = order, run, listen
-        self.translator = Translator()
         self.writer = journal.Writer(run)
+        self.follower = journal.Follower(run)
         self.results: list[journal.Line] = []
+        self.stats: dict[str, dict[str, int]] = {}
+        self.begun = False  # whether a play has
         self.said: list[str] = []  # what Ansible prints beside the results of tasks
         self.asked, self.now = False, False  # to end after the wave in hand; to stop at once
         self.stopping = 0.0  # since when
@@ -77,10 +79,18 @@ class Playbook:
         self.stop_file, self.approval_file = self.private / "stop", self.private / "approval"
 
     def tell(self, what: str, **facts: Any) -> None:
-        line = self.writer.write(what, **facts)
-        if what == "result":
-            self.results.append(line)
-        self._show(line)
+        self.writer.write(what, **facts)
+        self.follow()
+
+    def follow(self) -> None:
+        """Takes what was written since: by this process, and by the callback of ansible-playbook."""
+        for line in self.follower.new():
+            if line["what"] == "result":
+                self.results.append(line)
+            elif line["what"] == "stats":
+                self.stats = {name: dict(line[name]) for name in STATS}
+            self.begun = self.begun or line["what"] == "play"
+            self._show(line)
 
     def _show(self, line: journal.Line) -> None:
         with suppress(OSError, ValueError):  # a terminal or a pipe that is gone does not end a rollout
@@ -127,10 +137,13 @@ class Playbook:
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         # ansible-runner sets both, whatever ansible.cfg says.
         os.environ.setdefault("ANSIBLE_HOST_KEY_CHECKING", str(constants.HOST_KEY_CHECKING))
+        enabled = dict.fromkeys([*constants.CALLBACKS_ENABLED, "glm.fleet.journal"])
+        os.environ["ANSIBLE_CALLBACKS_ENABLED"] = ",".join(enabled)
+        os.environ["GLM_FLEET_JOURNAL"] = str(self.run.journal)
         with journal.opened(self.run.output) as self.output:
             config = ansible_runner.RunnerConfig(
                 private_data_dir=str(self.private),
-                project_dir=str(ROOT),
+                project_dir=str(Path.cwd()),
                 playbook=str(ROOT / self.order.playbook),
                 cmdline=shlex.join(self._arguments()),
                 quiet=True,
@@ -159,6 +172,7 @@ class Playbook:
 
     def _cancelled(self) -> bool:
         """Whether ansible-runner is to kill what is left; ansible-playbook ends its workers itself, if it is let."""
+        self.follow()
         if self.now and not self.stopping:
             self.stopping = time.monotonic()
             for child in Path("/proc/self/task").glob("*/children"):
@@ -173,16 +187,15 @@ class Playbook:
             self.output.write(text.replace("\r\n", "\n") + "\n")
             if event["event"] in ("verbose", "error"):
                 self.said += text.splitlines()
-        for what, facts in self.translator.translate(event):
-            self.tell(what, **facts)
+        self.follow()
         return False  # ansible-runner need not keep it
 
     def _outcome(self, rc: int) -> Outcome:
-        seen = self.translator
-        ended = judge(rc, seen.stats, self.results, self.said, begun=bool(seen.play), changes=self.order.changes)
+        self.follow()
+        ended = judge(rc, self.stats, self.results, self.said, begun=self.begun, changes=self.order.changes)
         if self.now and rc:
             return Outcome(Exit.INTERRUPTED, [], ended.hosts)
-        failed = [line["task"] for line in last_of_each(self.results) if ended.hosts.get(line["host"]) == "failed"]
+        failed = [kind(line) for line in last_of_each(self.results) if ended.hosts.get(line["host"]) == "failed"]
         if failed and set(failed) <= ENDINGS:
             return Outcome(Exit.INTERRUPTED, ended.messages, ended.hosts)
         return ended
@@ -205,7 +218,7 @@ def judge(
     said: what it printed beside the results of tasks
     begun: whether it came as far as a play
     changes: whether the command is for changing nodes: then a failure before any change is a refusal; without, only
-        what role glm finds in the inventory, or what says so
+        one that says so
     """
     hosts = {}
     for host in stats.get("processed", {}):
@@ -214,7 +227,7 @@ def judge(
     bad = [line for line in results if line["outcome"] in ("failed", "unreachable")]
     failed = [line for line in last_of_each(bad) if hosts.get(line["host"]) in ("failed", "unreachable")]
     last = [line["message"] for line in failed]
-    locked = [line["message"] for line in bad if line.get("locked")]
+    locked = [line["message"] for line in bad if kind(line) == "locked"]
     if rc == 0:
         return Outcome(Exit.OK, [], hosts)
     if not stats:
@@ -225,9 +238,14 @@ def judge(
         return Outcome(Exit.LOCKED, unique(locked), hosts)
     if stats["dark"]:
         return Outcome(Exit.UNREACHABLE, unique(last), hosts)
-    says_so = [line for line in failed if line["role"] == "glm" or "othing was changed" in line["message"]]
-    refused = not stats["changed"] and (changes or (failed and says_so == failed))
+    says_so = failed and all((line.get("failure") or {}).get("nothing_changed") for line in failed)
+    refused = not stats["changed"] and (changes or says_so)
     return Outcome(Exit.REFUSED if refused else Exit.FAILED, unique(last), hosts)
+
+
+def kind(line: journal.Line) -> str:
+    """Which failure it was, for programs."""
+    return str((line.get("failure") or {}).get("id", ""))
 
 
 def last_of_each(lines: list[journal.Line]) -> list[journal.Line]:

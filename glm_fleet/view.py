@@ -15,7 +15,6 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from glm_fleet.events import WAVES
 from glm_fleet.journal import Line
 
 STYLES = {
@@ -60,7 +59,7 @@ class State:
 
     def _play(self, line: Line, _: dict[str, Any]) -> None:
         self.play = line["play"]
-        if self.play == WAVES and not self.wave:
+        if line["waves"] and not self.wave:
             for node in self.nodes.values():
                 node.update(phase="prepared", since=time.monotonic(), detail="")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
+from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure, render
 
 
 def boot_id() -> str:
@@ -86,12 +87,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             since, expires = (
                 time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(holder[key])) for key in ("since", "expires")
             )
-            result.update(
-                failed=True,
-                msg=(
-                    f"another rollout holds the lock: {holder['user']} on {holder['host']} (process {holder['pid']}), "
-                    f"since {since}, until {expires} at the latest: wait for it, or, if it is certainly gone, run "
-                    "again with -e glm_rollout_break_lock=true"
-                ),
+            found = failure(
+                "locked",
+                f"another rollout holds the lock: {holder['user']} on {holder['host']} (process {holder['pid']}), "
+                f"since {since}, until {expires} at the latest",
+                fix="wait for it, or, if it is certainly gone, run again with -e glm_rollout_break_lock=true",
+                nothing_changed=True,
             )
+            result.update(failed=True, msg=render(found), failure=found)
         return result

@@ -9,12 +9,20 @@ from typing import Any
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure
+from ansible_collections.glm.fleet.plugins.plugin_utils.journal import write
 
 # Seconds that the first call stays on the node, and the longest: each stays twice as long as the one before, so that
 # a short run shows its progress soon and a long one costs few calls. All end with the run.
 FIRST_WAIT, LONGEST_WAIT = 5.0, 30.0
 RECONNECT_PAUSE = 5.0
 MODULE = "glm.fleet.systemd_job"
+
+
+def show(host: str, text: str) -> None:
+    """How far it is: on the terminal, and in the journal."""
+    Display().display(f"{host} · {text}")
+    write("progress", host=host, text=text)
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
@@ -30,21 +38,22 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         shown, shown_at = "", begin - interval
         changed, status = False, ""
         while True:
-            answer, failure = self._call({**args, "follow": follow}, task_vars, host)
+            answer, lost = self._call({**args, "follow": follow}, task_vars, host)
             elapsed = round(time.monotonic() - begin, 1)
             if answer is None or "phase" not in answer:  # unreachable, or the arguments are wrong
-                return {**result, **failure, **(answer or {}), "changed": changed, "elapsed": elapsed}
+                return {**result, **lost, **(answer or {}), "changed": changed, "elapsed": elapsed}
             changed = changed or bool(answer["changed"])
             status = answer["status_text"] or status
             line = f"{host} · {args['name']} · {status}"
             if status and changed and line != shown and time.monotonic() - shown_at >= interval:
-                Display().display(line)
+                show(host, f"{args['name']} · {status}")
                 shown, shown_at = line, time.monotonic()
             result.update(changed=changed, elapsed=elapsed, status_text=status, inactive_s=answer.get("inactive_s"))
             if answer["phase"] == "done":
                 return result
             if answer["phase"] == "failed":
-                return {**result, "failed": True, "msg": answer["message"]}
+                found = failure("unit_failed", answer["message"], host=host, unit=args["name"])
+                return {**result, "failed": True, "msg": answer["message"], "failure": found}
             if elapsed >= timeout:
                 return {
                     **result,
@@ -61,7 +70,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 boot=answer["boot"],
             )
             if answer["phase"] == "lost":  # the node went through a restart, and the run with it
-                Display().display(f"{host} · {args['name']} · the node was restarted: starting again")
+                show(host, f"{args['name']} · the node was restarted: starting again")
                 follow.update(token=f"{follow['token']}+", run_id="", boot="")
 
     def _call(
@@ -84,7 +93,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                             f"run the play again to follow it ({str(problem.message).strip()})"
                         ),
                     }
-                Display().display(f"{host} · {args['name']} · connection lost, reconnecting (the unit goes on)")
+                show(host, f"{args['name']} · connection lost, reconnecting (the unit goes on)")
                 with contextlib.suppress(Exception):
                     self._connection.reset()
                 time.sleep(RECONNECT_PAUSE)

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure, render
+
 SCHEMA = 1
 WORKLOAD = ("input_len", "output_len", "num_prompts", "max_concurrency")
 SETTINGS = ("engine", "profile", "image", "image_digest", "model", "model_revision", "driver", "release", "state")
@@ -48,35 +50,39 @@ def report_node(settings: Mapping[str, Any]) -> dict[str, Any]:
     ]
     benchmark = dict(settings.get("benchmark") or {}) or None
     wrong = [check["name"] for check in checks if not check["ok"]]
-    reason = str(settings.get("reason") or "").strip()
-    if not reason and wrong:
-        reason = f"{len(wrong)} of {len(checks)} checks failed: {', '.join(wrong)}"
-    if not reason and not checks:
-        reason = "the node was not verified"
-    if not reason and benchmark and benchmark["completed"] < benchmark["workload"]["num_prompts"]:
-        reason = f"the benchmark had {benchmark['failed']} failed requests"
+    found = dict(settings.get("failure") or {})
+    if not found and wrong:
+        found = failure("verify", f"{len(wrong)} of {len(checks)} checks failed: {', '.join(wrong)}")
+    if not found and not checks:
+        found = failure("not_verified", "the node was not verified")
+    if not found and benchmark and benchmark["completed"] < benchmark["workload"]["num_prompts"]:
+        found = failure("benchmark", f"the benchmark had {benchmark['failed']} failed requests")
+    reason = render({**found, "host": ""}) if found else ""
     entry: dict[str, Any] = {"ok": not reason}
     entry.update({name: str(settings.get(name) or "") for name in SETTINGS})
     outage = settings.get("outage")
     if settings.get("down"):
         entry["down"] = True
     entry["outage_s"] = None if outage in (None, "") else round(float(outage), 1)
-    entry.update(reason=reason, notes=[str(note) for note in settings.get("notes") or []])
+    entry.update(reason=reason, failure=found or None, notes=[str(note) for note in settings.get("notes") or []])
     entry.update(checks=checks, benchmark=benchmark)
     return entry
 
 
-def report_collect(hosts: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The entries of the nodes of this run, and when the first of them began.
+def report_collect(
+    hosts: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], started: str = ""
+) -> dict[str, Any]:
+    """The entries of the nodes of this run, and when it began (UTC, ISO 8601).
 
     A node without one did not come as far as verification. Where no node has one, this run only renders a report.
     """
     seen = {host: dict(hostvars[host]["report_entry"]) for host in hosts if "report_entry" in hostvars[host]}
-    lost = report_node({"reason": "the run ended for this node before it was verified: its output says why"})
-    begun = [str(hostvars[host]["glm_started"]) for host in hosts if "glm_started" in hostvars[host]]
+    lost = report_node(
+        {"failure": failure("ended", "the run ended for this node before it was verified", fix="its output says why")}
+    )
     return {
         "entries": {host: seen.get(host, lost) for host in hosts} if seen else {},
-        "started": min(begun) if begun and seen else "",
+        "started": started if seen else "",
     }
 
 

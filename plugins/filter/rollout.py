@@ -9,6 +9,8 @@ from math import ceil
 from statistics import median
 from typing import Any
 
+from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure_of, render
+
 SHARE = re.compile(r"(\d+)%")
 SIZES = ("input_len", "output_len", "num_prompts", "max_concurrency")
 
@@ -120,11 +122,9 @@ def unknown_backends(edges: Mapping[str, Mapping[str, Any]], nodes: Iterable[str
     ]
 
 
-def offering(gateways: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]], node: str) -> list[str]:
+def offering(backends: Mapping[str, Mapping[str, Any]], node: str) -> list[str]:
     """The gateways that know the node, whether or not they offer it just now."""
-    return [
-        gateway for gateway in gateways if node in (hostvars[gateway].get("__gateway_seen") or {}).get("servers", {})
-    ]
+    return [gateway for gateway, servers in backends.items() if node in servers]
 
 
 def edge_servers(
@@ -168,20 +168,10 @@ def changed_backends(
     ]
 
 
-def failure_text(result: Mapping[str, Any]) -> str:
-    """What a failed task says; of a loop, what its items say."""
-    if "module_stdout" in result and not str(result["module_stdout"]).strip():
-        # Ansible says only that it could not parse the answer.
-        said = [
-            line.strip()
-            for line in str(result.get("module_stderr") or "").splitlines()
-            if line.strip() and not re.match(r"(Shared )?[Cc]onnection to \S+ closed", line)
-        ]
-        # A node that goes down empties /tmp, where the module's own files are.
-        why = said[-1] if said and "_payload" not in said[-1] else "the node went down, or killed it"
-        return f"the step ended without an answer (exit status {result.get('rc')}): {why}"
-    items = [str(item.get("msg")) for item in result.get("results") or [] if item.get("failed")]
-    return "; ".join(items) or str(result.get("msg") or "see above")
+def failure_line(result: Mapping[str, Any]) -> str:
+    """What a failed task says, in one line."""
+    found = failure_of(result)
+    return "; ".join(render({**found, "host": ""}).splitlines())
 
 
 def fleet_baseline(
@@ -215,16 +205,21 @@ def fleet_baseline(
 
 
 def fleet_status(
-    nodes: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]], gateways: Sequence[str]
+    nodes: Iterable[str],
+    hostvars: Mapping[str, Mapping[str, Any]],
+    gateways: Sequence[str],
+    backends: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-    """What is known of each node, with `rotation`: in, out, or what its edges say where they disagree."""
+    """What is known of each node, with `rotation`: in, out, or what its edges say where they disagree.
+
+    `backends` holds what each gateway that was reached offers.
+    """
     result = {}
     for node in nodes:
-        seen = dict((hostvars[node].get("__status_look") or {}).get("status") or {"phase": "not reached"})
+        seen = dict((hostvars[node].get("rollout_status") or {}).get("status") or {"phase": "not reached"})
         own = seen.pop("edge", None)
-        edges = {gateway: (hostvars[gateway].get("__gateway_seen") or {}).get("servers") for gateway in gateways}
         words = []
-        for servers in edges.values() if gateways else [own]:
+        for servers in [backends.get(gateway) for gateway in gateways] if gateways else [own]:
             server = (servers or {}).get(node)
             words.append("unknown" if server is None else server["rotation"] if server["up"] else "down")
         seen["rotation"] = words[0] if len(set(words)) == 1 else ", ".join(words)
@@ -277,7 +272,8 @@ class FilterModule:
             "offering": offering,
             "changed_backends": changed_backends,
             "edge_servers": edge_servers,
-            "failure_text": failure_text,
+            "failure_of": failure_of,
+            "failure_line": failure_line,
             "fleet_baseline": fleet_baseline,
             "fleet_status": fleet_status,
             "status_table": status_table,

@@ -23,6 +23,7 @@ options:
   previous: {description: Id of the release to go back to; empty for none., type: str, default: ""}
   rollout_id: {description: Names the run., type: str, default: ""}
   reason: {description: Why the node is in this phase, in one line., type: str, default: ""}
+  failure: {description: "What failed, as glm.fleet.fail returns it.", type: dict, default: {}}
 attributes:
   check_mode: {support: full}
   diff_mode: {support: full}
@@ -64,7 +65,7 @@ def read_state(path: str) -> dict[str, Any]:
 
 
 def next_state(now: dict[str, Any], wanted: dict[str, Any], since: str) -> dict[str, Any]:
-    state = {key: wanted[key] or None for key in (*COMPARED, "rollout_id")}
+    state = {key: wanted[key] or None for key in (*COMPARED, "rollout_id", "failure")}
     if now and all(now.get(key) == state[key] for key in COMPARED):
         return now
     return {
@@ -74,6 +75,7 @@ def next_state(now: dict[str, Any], wanted: dict[str, Any], since: str) -> dict[
         "rollout_id": state["rollout_id"],
         "since": since,
         "reason": state["reason"],
+        "failure": state["failure"],
     }
 
 
@@ -107,6 +109,7 @@ def main() -> None:
             "previous": {"type": "str", "default": ""},
             "rollout_id": {"type": "str", "default": ""},
             "reason": {"type": "str", "default": ""},
+            "failure": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,
     )

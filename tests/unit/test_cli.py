@@ -19,7 +19,6 @@ from rich.console import Console
 from glm_fleet import journal, tables
 from glm_fleet.cli import extra_settings
 from glm_fleet.errors import Exit, UsageProblem
-from glm_fleet.events import Translator
 from glm_fleet.playbook import KEPT, judge
 from glm_fleet.view import LiveView, PlainView, State
 
@@ -53,48 +52,94 @@ def inventory(tmp_path: Path) -> Path:
     return directory
 
 
-# --- events ---
+# --- the callback ---
+
+PLAYS = """
+- hosts: nodes
+  gather_facts: false
+  serial: [1, 1]
+  tasks:
+    - name: Any name
+      vars: {some_role_phase: drain}
+      block:
+        - ansible.builtin.command: {argv: ["true"]}
+        - ansible.builtin.debug: {msg: the words}
+          vars: {some_role_says: verdict}
+        - ansible.builtin.set_fact: {report_entry: {ok: true}}
+    - ansible.builtin.set_stats: {data: {status: {node-1: {phase: serving}}}}
+    - ansible.builtin.fail: {msg: "{{ item }}"}
+      loop: [it is full, it is cold]
+      ignore_errors: true
+      when: inventory_hostname == 'node-1'
+    - ansible.builtin.include_tasks: {file: waits.yml}
+      vars: {some_role_phase: soak}
+    - glm.fleet.fail: {id: too_hot, text: it is hot, fix: cool it, nothing_changed: true}
+      when: inventory_hostname == 'node-2'
+"""
+WAITS = """
+- ansible.builtin.debug: {msg: waiting}
+  vars: {some_role_awaits: approval}
+"""
 
 
-def ran(kind: str, host: str, task: str, role: str = "", **result: Any) -> dict[str, Any]:
-    data = {"host": host, "task": task, "role": role, "task_uuid": task, "res": result, "duration": 1.25}
-    return {"event": f"runner_on_{kind}", "event_data": data}
+def test_the_journal_says_what_happened_whatever_the_tasks_are_called(tmp_path: Path) -> None:
+    (tmp_path / "play.yml").write_text(PLAYS)
+    (tmp_path / "waits.yml").write_text(WAITS)
+    (tmp_path / "hosts.yml").write_text("{nodes: {hosts: {node-1: , node-2: }}}")
+    file = tmp_path / "journal.jsonl"
+    subprocess.run(
+        [
+            str(Path(sys.executable).parent / "ansible-playbook"),
+            tmp_path / "play.yml",
+            "-i",
+            tmp_path / "hosts.yml",
+            "-c",
+            "local",
+        ],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "ANSIBLE_CALLBACKS_ENABLED": "glm.fleet.journal",
+            "GLM_FLEET_JOURNAL": str(file),
+        },
+        capture_output=True,
+        check=False,
+    )
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    lines = [json.loads(text) for text in file.read_text().splitlines()]
+    of_first = [(seen["what"], seen) for seen in lines if seen.get("host") == "node-1"]
+    assert [what for what, _ in of_first] == ["wave", "phase", "result", "fact", "entry", "result", "phase", "fact"]
+    facts = [seen for _, seen in of_first]
+    assert facts[0]["number"] == 1
+    assert [seen["phase"] for what, seen in of_first if what == "phase"] == ["drain", "soak"]
+    assert facts[2]["outcome"] == "changed"
+    assert (facts[3]["name"], facts[3]["value"]) == ("verdict", "the words")
+    assert facts[4]["entry"] == {"ok": True}
+    assert facts[5]["message"] == "node-1: it is full; it is cold"
+    assert (facts[7]["name"], facts[7]["value"]) == ("status", {"phase": "serving"})
+    assert [seen["waves"] for seen in lines if seen["what"] == "play"] == [True, True]
+    assert "approval" in [seen["what"] for seen in lines]
+    bad = [seen for seen in lines if seen.get("host") == "node-2" and seen["what"] == "result"][-1]
+    assert bad["message"] == "node-2: it is hot: cool it"
+    assert bad["failure"] == {
+        "id": "too_hot", "host": "node-2", "text": "it is hot", "fix": "cool it", "unit": "", "nothing_changed": True
+    }  # fmt: skip
+    assert lines[-1]["what"] == "stats"
+    assert lines[-1]["failures"] == {"node-2": 1}
 
 
-WAVE = {"event": "playbook_on_play_start", "event_data": {"name": "Take the nodes to the release"}}
-
-
-def test_events_become_what_happened() -> None:
-    translator = Translator()
-    events = [
-        WAVE,
-        ran("start", "node-1", "Name the run"),
-        ran("ok", "node-1", "Take the node out of rotation on every edge", "rotation", changed=True),
-        {"event": "verbose", "stdout": "node-1 · glm-weights.service · 40 % of 12 GB, 1.2 GB/s, 6 s left\n"},
-        ran("ok", "node-1", "Put the node's entry together", "report", ansible_facts={"report_entry": {"ok": True}}),
-        ran("failed", "node-1", "Hold the lock", holder={"user": "alice"}, mine=False, msg="another rollout"),
-    ]
-    facts = [fact for event in events for fact in translator.translate(event)]
-    assert [what for what, _ in facts] == ["play", "wave", "phase", "result", "progress", "entry", "result"]
-    assert facts[1][1] == {"number": 1, "host": "node-1"}
-    assert facts[2][1] == {"host": "node-1", "phase": "drain"}
-    assert facts[4][1] == {"host": "node-1", "text": "glm-weights.service · 40 % of 12 GB, 1.2 GB/s, 6 s left"}
-    assert facts[6][1].items() >= {"outcome": "failed", "message": "another rollout", "locked": True}.items()
-
-
-def test_the_status_comes_with_the_end_of_its_run() -> None:
-    seen = {"node-2": {"phase": "serving"}, "node-1": {"phase": "stopped"}}
-    event = {"event": "playbook_on_stats", "event_data": {"artifact_data": {"status": seen}}}
-    facts = [fact for _, fact in Translator().translate(event)]
-    assert [(fact["host"], fact["value"]) for fact in facts] == list(seen.items())
-
-
-def test_an_item_that_failed_says_why() -> None:
-    translator = Translator()
-    item = ran("failed", "node-1", "Drain", msg="this edge has no server node-1")
-    list(translator.translate({**item, "event": "runner_item_on_failed"}))
-    (fact,) = translator.translate(ran("failed", "node-1", "Drain", msg="One or more items failed"))
-    assert fact[1]["message"] == "this edge has no server node-1"
+def test_what_two_write_is_read_once(tmp_path: Path) -> None:
+    run = journal.create(tmp_path, "up")
+    writer = journal.Writer(run)
+    follower = journal.Follower(run)
+    writer.write("begin")
+    with run.journal.open("a") as other:
+        other.write('{"what": "play", "pl')
+    assert [seen["what"] for seen in follower.new()] == ["begin"]
+    with run.journal.open("a") as other:
+        other.write('ay": "x"}\n')
+    assert [seen["what"] for seen in follower.new()] == ["play"]
+    assert list(follower.new()) == []
 
 
 def line(outcome: str, message: str, **more: Any) -> journal.Line:
@@ -116,7 +161,7 @@ ENDS: dict[str, tuple[Any, Exit, list[str]]] = {
     ),
     "unreachable": ((4, stats(dark={"node-1": 1}), [line("unreachable", "gone")], []), Exit.UNREACHABLE, ["gone"]),
     "locked": (
-        (2, stats(**FAILED), [line("failed", "bob", locked=True), line("failed", "x")], []),
+        (2, stats(**FAILED), [line("failed", "bob", failure={"id": "locked"}), line("failed", "x")], []),
         Exit.LOCKED,
         ["bob"],
     ),
@@ -134,9 +179,8 @@ def test_the_exit_code_says_how_it_ended(name: str) -> None:
 def test_what_is_no_refusal_and_what_never_began() -> None:
     asked = judge(2, stats(**FAILED), [line("failed", "wrong answer")], [], begun=True, changes=False)
     assert asked.code == Exit.FAILED
-    for said in (line("failed", "glm_prot: no such setting", role="glm"), line("failed", "Nothing was changed: none")):
-        refused = judge(2, stats(**FAILED), [said], [], begun=True, changes=False)
-        assert refused.code == Exit.REFUSED
+    said = line("failed", "glm_prot: no such setting", failure={"id": "inventory", "nothing_changed": True})
+    assert judge(2, stats(**FAILED), [said], [], begun=True, changes=False).code == Exit.REFUSED
     broken = judge(4, {}, [], ["[ERROR]: no such role"], begun=False, changes=True)
     assert (broken.code, broken.messages) == (Exit.USAGE, ["no such role"])
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from ansible_collections.glm.fleet.plugins.modules import node_state
 
-WANTED = {"phase": "serving", "release": "a", "previous": "", "rollout_id": "1", "reason": ""}
+WANTED = {"failure": {}, "phase": "serving", "release": "a", "previous": "", "rollout_id": "1", "reason": ""}
 
 
 def test_first_state() -> None:
@@ -18,6 +18,7 @@ def test_first_state() -> None:
         "rollout_id": "1",
         "since": "now",
         "reason": None,
+        "failure": None,
     }
 
 

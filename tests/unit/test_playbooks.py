@@ -14,7 +14,6 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAYBOOKS = [ROOT / "site.yml", *sorted((ROOT / "playbooks").glob("*.yml"))]
-TASKS = sorted((ROOT / "playbooks/tasks").glob("*.yml"))
 # They do not do what they say: with a rescue, with an unreachable node or in batches the run goes on, or healthy nodes
 # are cut off in the middle (ansible#86574).
 DECEPTIVE = {"max_fail_percentage", "any_errors_fatal", "ignore_errors", "ignore_unreachable", "strategy"}
@@ -31,7 +30,7 @@ def keys(node: Any) -> set[str]:
 
 @pytest.mark.parametrize(
     "path",
-    [*PLAYBOOKS, *TASKS, *sorted((ROOT / "roles").glob("*/tasks/*.yml"))],
+    [*PLAYBOOKS, *sorted((ROOT / "roles").glob("*/tasks/*.yml"))],
     ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_no_keyword_is_used_that_does_not_do_what_it_says(path: Path) -> None:
@@ -49,7 +48,7 @@ def folded(node: yaml.Node) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     "path",
-    [*PLAYBOOKS, *TASKS, *sorted((ROOT / "roles").glob("*/tasks/*.yml"))],
+    [*PLAYBOOKS, *sorted((ROOT / "roles").glob("*/tasks/*.yml"))],
     ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_a_folded_text_is_one_line(path: Path) -> None:
@@ -66,9 +65,9 @@ GATE = """
 - hosts: nodes
   gather_facts: false
   serial: [2, 1]
-  vars: {glm_rollout_max_failures: 3}
+  vars: {rollout_max_failures: 3}
   tasks:
-    - ansible.builtin.include_tasks: ROOT/playbooks/tasks/wave.yml
+    - ansible.builtin.include_role: {name: glm.fleet.rollout, tasks_from: begin_wave}
       when: inventory_hostname == 'next'
     - ansible.builtin.set_fact: {FACT: true}
       when: inventory_hostname == 'canary'
@@ -78,12 +77,12 @@ GATE = """
 
 
 @pytest.mark.parametrize(
-    ("fact", "said"), [("__gate_stop", "glm_stop_file asks"), ("__gate_denied", "nobody said yes")]
+    ("fact", "said"), [("rollout_stop", "glm_stop_file asks"), ("rollout_denied", "nobody said yes")]
 )
 def test_no_wave_follows_a_no_where_a_node_had_failed_before(tmp_path: Path, fact: str, said: str) -> None:
     """Ansible itself takes only a wave whose hosts have all failed within it for the end."""
     play = tmp_path / "play.yml"
-    play.write_text(GATE.replace("ROOT", str(ROOT)).replace("FACT", fact))
+    play.write_text(GATE.replace("FACT", fact))
     inventory = tmp_path / "hosts.yml"
     inventory.write_text("{nodes: {hosts: {lost: , canary: , next: }}}")
     command = [str(Path(sys.executable).parent / "ansible-playbook"), str(play), "-i", str(inventory)]
@@ -119,7 +118,7 @@ def test_settings_that_are_used_are_those_that_are_specified() -> None:
     spec = yaml.safe_load((ROOT / "roles/glm/meta/argument_specs.yml").read_text())
     known = set(spec["argument_specs"]["main"]["options"])
     readers = [ROOT / "roles/glm/vars/main.yml", ROOT / "plugins/filter/rollout.py"]
-    texts = [path.read_text() for path in [*PLAYBOOKS, *TASKS, *readers]]
+    texts = [path.read_text() for path in [*PLAYBOOKS, *readers]]
     texts += [path.read_text() for path in (ROOT / "roles/glm/tasks").glob("*.yml")]
     used = set(re.findall(r"(?<![\w-])glm_[a-z_]+", "\n".join(texts)))
     used -= {"glm_waves"}  # a group

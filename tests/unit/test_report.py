@@ -21,9 +21,8 @@ KEY = "sk-not-to-be-reported"
 PLAY = """
 - hosts: nodes
   gather_facts: false
-  vars: {report_served_model_name: glm-5.2-fp8}
+  vars: {report_served_model_name: glm-5.2-fp8, report_started: '2026-07-01T10:00:00Z'}
   tasks:
-    - ansible.builtin.set_fact: {glm_started: '2026-07-01T10:00:00Z'}
     - ansible.builtin.include_vars: {file: SETTINGS, name: known}
     - ansible.builtin.import_role: {name: glm.fleet.report, tasks_from: node}
       when: inventory_hostname in known
@@ -180,7 +179,7 @@ def test_a_check_run_writes_nothing(tmp_path: Path) -> None:
     ("change", "reason"),
     [
         ({"checks": []}, "the node was not verified"),
-        ({"reason": "gateway: port 8000 is taken"}, "gateway: port 8000 is taken"),
+        ({"failure": {"host": "", "text": "gateway", "fix": "port 8000 is taken"}}, "gateway: port 8000 is taken"),
         ({"benchmark": {**NODES["b200-1"]["benchmark"], "completed": 510, "failed": 2}}, "2 failed requests"),
     ],
 )

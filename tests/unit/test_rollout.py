@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.glm.fleet.plugins.filter import rollout
+from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure_of
 
 NODES = ["a", "b", "c", "d"]
 WORKLOAD = {"input_len": 1, "output_len": 2, "num_prompts": 3, "max_concurrency": 4}
@@ -81,9 +82,9 @@ def test_what_goes_for_good() -> None:
 
 
 def test_gateways_that_know_a_node() -> None:
-    hostvars: dict[str, dict[str, Any]] = {"g1": {"__gateway_seen": {"servers": {"a": server("out")}}}, "g2": {}}
-    assert rollout.offering(["g1", "g2"], hostvars, "a") == ["g1"]
-    assert rollout.offering(["g1", "g2"], hostvars, "b") == []
+    backends = {"g1": {"a": server("out")}, "g2": {}}
+    assert rollout.offering(backends, "a") == ["g1"]
+    assert rollout.offering(backends, "b") == []
 
 
 def test_a_minimum_that_is_none() -> None:
@@ -147,14 +148,16 @@ def server(rotation: str = "in", up: bool = True) -> dict[str, Any]:
 
 
 def test_the_status_is_what_every_gateway_says() -> None:
+    backends = {
+        "gw1": {"a": server(), "b": server("out"), "c": server(up=False)},
+        "gw2": {"a": server(), "b": server()},
+    }
     hostvars: dict[str, dict[str, Any]] = {
-        "gw1": {"__gateway_seen": {"servers": {"a": server(), "b": server("out"), "c": server(up=False)}}},
-        "gw2": {"__gateway_seen": {"servers": {"a": server(), "b": server()}}},
-        "a": {"__status_look": {"status": SERVES}},
-        "b": {"__status_look": {"status": SERVES}},
+        "a": {"rollout_status": {"status": SERVES}},
+        "b": {"rollout_status": {"status": SERVES}},
         "c": {},
     }
-    status = rollout.fleet_status(["a", "b", "c"], hostvars, ["gw1", "gw2"])
+    status = rollout.fleet_status(["a", "b", "c"], hostvars, ["gw1", "gw2"], backends)
     assert {name: seen["rotation"] for name, seen in status.items()} == {
         "a": "in",
         "b": "out, in",
@@ -164,8 +167,8 @@ def test_the_status_is_what_every_gateway_says() -> None:
 
 
 def test_the_status_without_gateways_is_the_nodes_own_edge() -> None:
-    hostvars = {"a": {"__status_look": {"status": {**SERVES, "edge": {"a": server("out")}}}}}
-    assert rollout.fleet_status(["a"], hostvars, [])["a"] == {**SERVES, "rotation": "out"}
+    hostvars = {"a": {"rollout_status": {"status": {**SERVES, "edge": {"a": server("out")}}}}}
+    assert rollout.fleet_status(["a"], hostvars, [], {})["a"] == {**SERVES, "rotation": "out"}
 
 
 def test_the_table_has_a_line_a_node_and_the_reasons() -> None:
@@ -223,20 +226,23 @@ def test_what_every_gateway_offers_serves_now() -> None:
 
 
 def test_what_a_failed_task_says() -> None:
-    assert rollout.failure_text({"msg": "a\nb"}) == "a\nb"
+    known = {"id": "x", "host": "a", "text": "t", "fix": "f", "unit": "", "nothing_changed": True}
+    assert failure_of({"failure": known, "msg": "a: t: f"}) == known
+    assert rollout.failure_line({"failure": known}) == "t: f"
+    assert rollout.failure_line({"msg": "a\nb"}) == "a; b"
     gone = {"module_stdout": "", "module_stderr": "Shared connection to 192.0.2.1 closed.\r\n", "rc": 255}
-    assert rollout.failure_text(gone).endswith("(exit status 255): the node went down, or killed it")
+    assert rollout.failure_line(gone).endswith("(exit status 255): the node went down, or killed it")
     down = {
         **gone,
         "module_stderr": "FileNotFoundError: No such file: '/tmp/ansible_x_payload_1/ansible_x_payload.zip'",
     }
-    assert rollout.failure_text(down).endswith("the node went down, or killed it")
+    assert rollout.failure_line(down).endswith("the node went down, or killed it")
     full = {"module_stdout": "", "module_stderr": "Traceback\nOSError: No space left on device\n", "rc": 1}
-    assert rollout.failure_text(full).endswith("(exit status 1): OSError: No space left on device")
+    assert rollout.failure_line(full).endswith("(exit status 1): OSError: No space left on device")
     assert (
-        rollout.failure_text({"msg": "One or more items failed", "results": [{"failed": True, "msg": "x"}, {}]}) == "x"
+        rollout.failure_line({"msg": "One or more items failed", "results": [{"failed": True, "msg": "x"}, {}]}) == "x"
     )
-    assert rollout.failure_text({"results": [{"failed": False, "msg": "x"}]}) == "see above"
+    assert rollout.failure_line({"results": [{"failed": False, "msg": "x"}]}) == "see above"
     unparsed = {"msg": "Module result deserialization failed: No start", "module_stdout": "", "rc": 143}
-    assert rollout.failure_text(unparsed).startswith("the step ended without an answer (exit status 143)")
-    assert rollout.failure_text({**unparsed, "module_stdout": "Segmentation fault"}) == unparsed["msg"]
+    assert rollout.failure_line(unparsed).startswith("the step ended without an answer (exit status 143)")
+    assert rollout.failure_line({**unparsed, "module_stdout": "Segmentation fault"}) == unparsed["msg"]

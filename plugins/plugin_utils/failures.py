@@ -1,0 +1,59 @@
+"""A failure as data, from a task to the node's state, the report and the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def failure(
+    id: str, text: str, *, host: str = "", fix: str = "", unit: str = "", nothing_changed: bool = False
+) -> dict[str, Any]:
+    """id: what kind it is, for programs; text: what was found; fix: what to set or run; unit: the systemd unit whose
+    journal has more; nothing_changed: whether no node was changed before it; host: empty for the fleet as a whole.
+    """
+    return {
+        "id": id,
+        "host": host,
+        "text": text.strip(),
+        "fix": fix.strip(),
+        "unit": unit,
+        "nothing_changed": nothing_changed,
+    }
+
+
+def render(found: Mapping[str, Any]) -> str:
+    """The words for the user: the one place that makes them."""
+    text = ": ".join(part for part in (found["text"], found["fix"]) if part)
+    return f"{found['host']}: {text}" if found["host"] else text
+
+
+def failure_of(result: Mapping[str, Any], host: str = "") -> dict[str, Any]:
+    """That of a task's result, whatever module it was; of a loop, what its items say."""
+    if result.get("failure"):
+        return dict(result["failure"])
+    items = [item for item in result.get("results") or [] if item.get("failed")]
+    if items:
+        found = [failure_of(item, host) for item in items]
+        return {**found[0], "text": "; ".join(dict.fromkeys(part["text"] for part in found))}
+    return failure("task", _text(result), host=host)
+
+
+def joined(found: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A line for each finding."""
+    return [finding["line"] for finding in found]
+
+
+def _text(result: Mapping[str, Any]) -> str:
+    if "module_stdout" in result and not str(result["module_stdout"]).strip():
+        # Ansible says only that it could not parse the answer.
+        said = [
+            line.strip()
+            for line in str(result.get("module_stderr") or "").splitlines()
+            if line.strip() and not re.match(r"(Shared )?[Cc]onnection to \S+ closed", line)
+        ]
+        # A node that goes down empties /tmp, where the module's own files are.
+        why = said[-1] if said and "_payload" not in said[-1] else "the node went down, or killed it"
+        return f"the step ended without an answer (exit status {result.get('rc')}): {why}"
+    return str(result.get("msg") or "see above")
