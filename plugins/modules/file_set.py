@@ -59,6 +59,11 @@ options:
     type: list
     elements: path
     default: []
+  known:
+    description:
+      - What M(glm.fleet.node_info) has read under C(managed). A set that is in place by it costs no round trip. What
+        has changed on the node since then is not seen.
+    type: dict
   validate:
     description:
       - Programs that judge a changed file before it takes its place. Files without a validation are installed first.

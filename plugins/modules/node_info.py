@@ -54,6 +54,13 @@ options:
     type: list
     elements: str
     default: []
+  managed:
+    description:
+      - Patterns of paths, as the shell has them (C(*/) for directories alone), for M(glm.fleet.file_set) to know what
+        is in place. Of each path its kind, mode and owner are reported, of a file its SHA-256, of a link its target.
+    type: list
+    elements: str
+    default: []
   release_directory:
     description: Directory with C(releases), C(current) and C(previous).
     type: path
@@ -85,19 +92,27 @@ node:
     the controller's, positive where it is ahead; the action plugin of the same name adds it.
   returned: always
   type: dict
+ansible_facts:
+  description: The distribution, as M(ansible.builtin.setup) names it.
+  returned: always
+  type: dict
 """
 
 import contextlib
 import ctypes
+import glob
+import grp
 import hashlib
 import http.client
 import json
 import os
 import platform
+import pwd
 import re
 import shutil
 import socket
 import ssl
+import stat
 import struct
 import subprocess
 import time
@@ -106,9 +121,10 @@ import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Callable, TypedDict
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.facts.system.distribution import DistributionFactCollector
 from ansible_collections.glm.fleet.plugins.module_utils.docker_socket import docker_get, docker_runs
 from ansible_collections.glm.fleet.plugins.module_utils.processes import open_files, parse_container_id
 
@@ -540,6 +556,38 @@ def sha256(path: str) -> str | None:
     return digest.hexdigest()
 
 
+def managed(patterns: list[str]) -> dict[str, Any]:
+    """The patterns, and the paths that are there."""
+    names = {path.rstrip("/") for pattern in patterns for path in glob.glob(pattern)}
+    found = {path: one_path(path) for path in sorted(names)}
+    return {"patterns": patterns, "paths": {path: seen for path, seen in found.items() if seen}}
+
+
+def one_path(path: str) -> dict[str, Any] | None:
+    """None for one that is gone meanwhile."""
+    try:
+        now = os.lstat(path)
+        link = os.readlink(path) if stat.S_ISLNK(now.st_mode) else None
+    except OSError:
+        return None
+    kind = "link" if link else "directory" if stat.S_ISDIR(now.st_mode) else "file"
+    return {
+        "kind": kind,
+        "mode": f"{stat.S_IMODE(now.st_mode):04o}",
+        "owner": name_of(lambda: pwd.getpwuid(now.st_uid).pw_name),
+        "group": name_of(lambda: grp.getgrgid(now.st_gid).gr_name),
+        "sha256": sha256(path) if kind == "file" else None,
+        "target": link,
+    }
+
+
+def name_of(look_up: Callable[[], str]) -> str | None:
+    try:
+        return look_up()
+    except KeyError:
+        return None
+
+
 def collect(params: dict[str, Any]) -> dict[str, Any]:
     begun = time.time()
     toolkit = "nvidia-container-toolkit"
@@ -569,6 +617,7 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
             "models": {directory: model(directory) for directory in params["models"]},
             "units": units_job.result(),
             "files": {path: sha256(path) for path in params["files"]},
+            "managed": managed(params["managed"]),
             "container_toolkit": container_toolkit(versions[toolkit]),
             "urls": {name: job.result() for name, job in probes.items()},
             "clock": clock(begun),  # last: it also says when the rest was done
@@ -588,12 +637,15 @@ def main() -> None:
             "models": strings,
             "units": strings,
             "files": strings,
+            "managed": strings,
             "release_directory": {"type": "path", "default": "/opt/glm"},
             "state_file": {"type": "path", "default": "/var/lib/glm/state.json"},
         },
         supports_check_mode=True,
     )
-    module.exit_json(changed=False, node=collect(module.params))
+    module.exit_json(
+        changed=False, node=collect(module.params), ansible_facts=DistributionFactCollector().collect(module=module)
+    )
 
 
 if __name__ == "__main__":

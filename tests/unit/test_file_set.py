@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.glm.fleet.plugins.modules import file_set
+from ansible_collections.glm.fleet.plugins.action.file_set import in_place
+from ansible_collections.glm.fleet.plugins.modules import file_set, node_info
 
 
 def mode_of(path: Path) -> int:
@@ -149,3 +150,32 @@ def test_links_are_switched_and_absent_paths_removed(tmp_path: Path) -> None:
 def test_bad_input_is_one_line(item: dict[str, Any], says: str) -> None:
     with pytest.raises(file_set.Refused, match=says):
         apply(files=[item])
+
+
+def test_a_set_that_is_known_to_be_in_place_costs_no_round_trip(tmp_path: Path) -> None:
+    """By what node_info reads of what the module itself has made."""
+    wanted: dict[str, Any] = {
+        "files": [
+            {"path": f"{tmp_path}/etc/a.conf", "content": "one", "mode": "0600"},
+            {"path": f"{tmp_path}/etc/b.conf", "content": "two\n"},
+        ],
+        "directories": [{"path": f"{tmp_path}/cache", "mode": "0700"}],
+        "links": [{"path": f"{tmp_path}/current", "target": "etc"}],
+        "absent": [f"{tmp_path}/etc/c.conf"],
+    }
+
+    patterns = [f"{tmp_path}/*", f"{tmp_path}/etc/*"]
+    assert not in_place(wanted, node_info.managed(patterns))
+    apply(**wanted)
+    assert in_place(wanted, node_info.managed(patterns))
+    assert not in_place({"absent": [f"{tmp_path}/deep/er/x"]}, node_info.managed(patterns)), "nobody looked there"
+    for change in (
+        lambda: (tmp_path / "etc/a.conf").write_text("other"),
+        lambda: (tmp_path / "etc/b.conf").chmod(0o600),
+        (tmp_path / "etc/c.conf").touch,
+        (tmp_path / "cache").rmdir,
+        (tmp_path / "current").unlink,
+    ):
+        apply(**wanted)
+        change()
+        assert not in_place(wanted, node_info.managed(patterns))
