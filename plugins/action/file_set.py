@@ -27,11 +27,11 @@ def in_place(args: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
 def _file(item: Mapping[str, Any], now: Mapping[str, Any] | None) -> bool:
     text = str(item["content"])
     data = (text if text.endswith("\n") or not text else text + "\n").encode()
-    return bool(now) and now["sha256"] == hashlib.sha256(data).hexdigest() and _owned(item, now, "0644")
+    return now is not None and now["sha256"] == hashlib.sha256(data).hexdigest() and _owned(item, now, "0644")
 
 
 def _directory(item: Mapping[str, Any], now: Mapping[str, Any] | None) -> bool:
-    return bool(now) and now["kind"] == "directory" and _owned(item, now, "0755")
+    return now is not None and now["kind"] == "directory" and _owned(item, now, "0755")
 
 
 def _owned(item: Mapping[str, Any], now: Mapping[str, Any], mode: str) -> bool:

@@ -232,6 +232,7 @@ def test_nothing_there_is_no_error(tmp_path: Path) -> None:
             "models": [nothing],
             "units": ["no-such.service"],
             "files": [nothing],
+            "managed": [nothing],
             "release_directory": nothing,
             "state_file": nothing,
         }
