@@ -56,6 +56,16 @@ README = (
 {{ table(entry.options) }}
 {%- endif %}
 {% endfor %}
+{% if role.facts %}
+
+## Facts that it leaves for other roles
+
+| fact | type | meaning |
+|---|---|---|
+{% for name, fact in role.facts.items() %}
+| `{{ name }}` | {{ fact.type }} | {{ fact.description }} |
+{% endfor %}
+{% endif %}
 """
 )
 
@@ -148,6 +158,7 @@ def read_role(directory: Path) -> dict[str, Any]:
     return {
         "name": directory.name,
         "description": load(directory / "meta" / "main.yml")["galaxy_info"]["description"].rstrip("."),
+        "facts": load(directory / "meta" / "facts.yml"),
         "entries": [
             {
                 "name": name,

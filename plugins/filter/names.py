@@ -21,13 +21,16 @@ def unknown_variables(names: Iterable[str], known: Iterable[str], prefix: str = 
 
 
 def variables_of_roles(directory: str) -> dict[str, Any]:
-    """Of the roles in a directory: their options, and which variables the role glm sets itself, each with the user's
-    settings that it comes from."""
+    """Of the roles in a directory: their options, and which variables are set by the role glm, each with the user's
+    settings that it comes from, or are facts of a role."""
     roles = Path(directory)
     mapping: dict[str, Any] = yaml.safe_load((roles / "glm/vars/main.yml").read_text(encoding="utf-8"))
     files = roles.glob("*/defaults/main.yml")
     options = {name for file in files for name in yaml.safe_load(file.read_text(encoding="utf-8"))}
-    mapped = {name: sorted(_settings(name, mapping, set())) for name in mapping if not name.startswith("__")}
+    ours = [name for name in mapping if not name.startswith(("__", "ansible_"))]
+    mapped = {name: sorted(_settings(name, mapping, set())) for name in ours}
+    for file in roles.glob("*/meta/facts.yml"):
+        mapped |= {name: [] for name in yaml.safe_load(file.read_text(encoding="utf-8"))}
     return {"options": sorted(options), "mapped": mapped}
 
 

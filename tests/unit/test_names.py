@@ -16,6 +16,10 @@ ROLES = variables_of_roles(str(Path(__file__).resolve().parents[2] / "roles"))
         ("preflight_urls", "an inventory cannot set this: set glm_hf_endpoint and glm_registry_mirror instead"),
         ("inference_service_node", "an inventory cannot set this: the project sets it itself, remove it"),
         ("inference_service_extra_arg", "there is no such setting: did you mean glm_engine_extra_args?"),
+        ("report_directory", "an inventory cannot set this: set glm_results_dir instead"),
+        ("preflight_node", "an inventory cannot set this: the project sets it itself, remove it"),  # a fact
+        ("ansible_pipelining", ""),
+        ("ansible_ssh_pipelining", ""),
         ("rotation_max_sesions", ""),
         ("inference_service_gpu_devise", "there is no such setting: did you mean inference_service_gpu_device?"),
         ("inference_service_gpu_device", ""),  # an option that an inventory can set

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,3 +115,38 @@ def test_a_stale_document_is_named(project: Path) -> None:
         "roles/sample/README.md is stale: run tools/role_docs.py",
         "docs/variables.md is stale: run tools/role_docs.py",
     ]
+
+
+@pytest.mark.parametrize("role", ROLES, ids=lambda role: role.name)
+def test_a_private_fact_is_of_one_role(role: Path) -> None:
+    """Of others a role reads documented facts and options alone, and so do playbooks, filters and the callback."""
+    paths = [path for other in ROLES if other != role for path in other.rglob("*.yml")]
+    paths += [
+        *(ROOT / "playbooks").glob("*.yml"),
+        *(ROOT / "plugins").glob("*/*.py"),
+        *(ROOT / "glm_fleet").glob("*.py"),
+    ]
+    found = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in paths
+        for name in re.findall(rf"(?<!\w)__{role.name}_?\w*", path.read_text(encoding="utf-8"))
+    }
+    assert found == set()
+
+
+def made_by(node: Any) -> set[str]:
+    """The facts that tasks leave behind: set or registered, however deep."""
+    if isinstance(node, list):
+        return {name for value in node for name in made_by(value)}
+    if not isinstance(node, dict):
+        return set()
+    names = set(node.get("ansible.builtin.set_fact", {})) | {node.get("register", "")}
+    return {str(name) for name in names if name}.union(*(made_by(value) for value in node.values()))
+
+
+@pytest.mark.parametrize("role", ROLES, ids=lambda role: role.name)
+def test_the_facts_that_others_may_read_are_documented(role: Path) -> None:
+    made = {name for path in (role / "tasks").glob("*.yml") for name in made_by(load(path))}
+    documented = set(load(role / "meta" / "facts.yml"))
+    options = {name for spec in specs(role).values() for name in spec.get("options", {})}
+    assert {name for name in made if not name.startswith("__")} - options == documented
