@@ -52,7 +52,7 @@ def test_a_node_lost_in_its_turn(phase: str, words: str, case: Case, release: st
 PHASES = (
     "Read the node",
     "Read the arguments within the image",
-    "Let its requests end",
+    "until it has no request in flight",
     "Stop the engine gently",
     "Point to the release",
     "Start the engine and wait until it serves",

@@ -181,7 +181,12 @@ def test_a_node_that_fails_in_a_wave_with_one_that_does_not(fleet: Fleet, load: 
     assert one_line(run, "fleet-1: it serves, and the rollout halts here: fleet-2 failed (allowed 0), as said above")
 
 
-PHASES = ("Let its requests end", "Point to the release", "Verify what it serves", "Put the node into rotation")
+PHASES = (
+    "until it has no request in flight",
+    "Point to the release",
+    "Verify what it serves",
+    "Put the node into rotation",
+)
 
 
 @pytest.mark.parametrize("task", PHASES)

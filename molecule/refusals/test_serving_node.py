@@ -252,7 +252,8 @@ def test_the_driver_is_replaced_and_the_same_release_serves(node: Node, play: Pl
     assert loaded_driver(node) == "570.195.03"
     assert_serves(node, release)
     drained, verified = (
-        run.output.index(f"TASK [{name}]") for name in ("Stop the engine", "Verify what the node serves")
+        run.output.index(f"TASK [{name}]")
+        for name in ("glm.fleet.rollout : Stop the engine", "glm.fleet.rollout : Verify what the node serves")
     )
     assert drained < run.output.index("Reboot, as long as") < verified
     again = play(**settings)
