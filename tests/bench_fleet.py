@@ -9,8 +9,8 @@ over to real nodes.
 
 The same work takes more CPU time while other machines use the caches, and a virtual machine is not as fast at any hour.
 So the largest fleet is the first, its machines stay for the smaller ones, and only those that are used again are made
-anew. And all through each run a fixed piece of work is timed, `yardstick_s`; rows are compared by `yards_per_node`, the
-CPU time in such pieces.
+anew. And all through each run a fixed piece of work is timed, `calibration_s`; rows are compared by
+`normalised_cpu_per_node`, the CPU time in such pieces.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 INVENTORY = "molecule/bench/inventory"
 RESULTS = ROOT / "results" / "bench-fleet"
 COLUMNS = (
-    *("nodes", "run", "wall_s", "cpu_s", "cpu_s_per_node", "yardstick_s", "yards_per_node"),
+    *("nodes", "run", "wall_s", "cpu_s", "cpu_s_per_node", "calibration_s", "normalised_cpu_per_node"),
     *("peak_mib", "trips_per_node", "waits_per_node"),
 )
 UPGRADE = json.dumps({"glm_rollout_waves": [1, "10%", "25%"], "light_release": "2"})
@@ -46,23 +46,23 @@ RUNS: dict[str, list[str]] = {
 }
 PLOTS = {
     "cpu_s_per_node": "Controller CPU per node (s)",
-    "yards_per_node": "Controller CPU per node (pieces of fixed work)",
+    "normalised_cpu_per_node": "Controller CPU per node (pieces of fixed work)",
     "trips_per_node": "Round trips per node",
     "peak_mib": "Controller's peak memory (MiB)",
     "wall_s": "Wall time (s)",
 }
 GROWTH = 1.1  # of the cost per node, from the smallest fleet to the largest
 STATUS_SECONDS = 20
-YARDSTICK = [sys.executable, "-c", "import ansible.playbook"]
-YARDSTICK_PAUSE = 5.0  # seconds from one piece of fixed work to the next
+CALIBRATION = [sys.executable, "-c", "import ansible.playbook"]
+CALIBRATION_PAUSE = 5.0  # seconds from one piece of fixed work to the next
 MEMORY_PAUSE = 1.0
 
 
-def yardstick() -> float:
+def calibration() -> float:
     """CPU seconds that a fixed piece of work takes."""
-    _, status, usage = os.wait4(os.posix_spawn(YARDSTICK[0], YARDSTICK, os.environ), 0)
+    _, status, usage = os.wait4(os.posix_spawn(CALIBRATION[0], CALIBRATION, os.environ), 0)
     if status:
-        sys.exit(f"bench-fleet: {' '.join(YARDSTICK)} failed")
+        sys.exit(f"bench-fleet: {' '.join(CALIBRATION)} failed")
     return usage.ru_utime + usage.ru_stime
 
 
@@ -113,19 +113,19 @@ def finish(process: subprocess.Popen[bytes], log: Path) -> None:
 def measure(*arguments: str, log: Path, count: int, trips: Path) -> tuple[float, float]:
     """Runs a playbook, with what the round_trips callback counts in `trips`.
 
-    Returns the most memory that it had, in bytes, and the median time of the yardstick beside it, in seconds.
+    Returns the most memory that it had, in bytes, and the median time of the calibration beside it, in seconds.
     """
     ended = threading.Event()
     callbacks = "glm.fleet.freeze_heap,glm.fleet.round_trips"
     process = start(*arguments, log=log, count=count, ANSIBLE_CALLBACKS_ENABLED=callbacks, ROUND_TRIPS_JSON=str(trips))
     with ThreadPoolExecutor() as pool:
         memory = pool.submit(samples, lambda: tree_memory(process.pid), MEMORY_PAUSE, ended)
-        yards = pool.submit(samples, yardstick, YARDSTICK_PAUSE, ended)
+        loops = pool.submit(samples, calibration, CALIBRATION_PAUSE, ended)
         try:
             finish(process, log)
         finally:
             ended.set()
-    return max(memory.result()), statistics.median(yards.result())
+    return max(memory.result()), statistics.median(loops.result())
 
 
 def prepare(playbook: str, count: int, log: Path) -> None:
@@ -139,7 +139,7 @@ def remove(count: int) -> None:
     subprocess.run(["docker", "rm", "--force", "--volumes", *names], check=True, stdout=subprocess.DEVNULL)
 
 
-def row_of(path: Path, count: int, run: str, memory: float, yard: float) -> dict[str, Any]:
+def row_of(path: Path, count: int, run: str, memory: float, loop: float) -> dict[str, Any]:
     """One row of the table from what the round_trips callback wrote."""
     data = json.loads(path.read_text())
     hosts = [host for name, host in data.items() if name.startswith("bench-")]
@@ -149,8 +149,8 @@ def row_of(path: Path, count: int, run: str, memory: float, yard: float) -> dict
         "wall_s": round(data["wall_s"], 1),
         "cpu_s": round(data["controller_cpu_s"], 1),
         "cpu_s_per_node": round(data["controller_cpu_s"] / count, 2),
-        "yardstick_s": round(yard, 3),
-        "yards_per_node": round(data["controller_cpu_s"] / yard / count, 1),
+        "calibration_s": round(loop, 3),
+        "normalised_cpu_per_node": round(data["controller_cpu_s"] / loop / count, 1),
         "peak_mib": round(memory / 2**20),
         "trips_per_node": round(sum(host["round_trips"] - host["waits"] for host in hosts) / count, 1),
         "waits_per_node": round(sum(host["waits"] for host in hosts) / count, 1),
@@ -180,7 +180,7 @@ def findings(rows: list[dict[str, Any]]) -> list[str]:
     for run in RUNS:
         of_run = sorted((row for row in rows if row["run"] == run), key=lambda row: int(row["nodes"]))
         small, large = of_run[0], of_run[-1]
-        for name in ("yards_per_node", "trips_per_node"):
+        for name in ("normalised_cpu_per_node", "trips_per_node"):
             if large[name] > GROWTH * small[name]:
                 found.append(
                     f"{run}: {name} is {large[name]} at {large['nodes']} nodes, {small[name]} at {small['nodes']}"
@@ -206,8 +206,8 @@ def main() -> int:
         for run, arguments in RUNS.items():
             print(f"bench-fleet: {count} nodes, {run} ...", flush=True)
             trips = RESULTS / f"{run}-{count}.json"
-            memory, yard = measure(*arguments, log=RESULTS / f"{run}-{count}.log", count=count, trips=trips)
-            rows.append(row_of(trips, count, run, memory, yard))
+            memory, loop = measure(*arguments, log=RESULTS / f"{run}-{count}.log", count=count, trips=trips)
+            rows.append(row_of(trips, count, run, memory, loop))
             print(line(rows[-1]), flush=True)
     prepare("destroy", max(counts), RESULTS / "destroy.log")
     over = findings(rows)

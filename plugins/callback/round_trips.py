@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from ansible.executor.task_executor import TaskExecutor
@@ -57,11 +58,11 @@ def count_ssh_processes(log: str) -> None:
     TaskExecutor.run, ssh.Connection._bare_run = run, bare_run
 
 
-def summarise(lines: list[str]) -> dict[str, dict[str, Any]]:
+def summarise(lines: list[str], known: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
     tasks: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     waits: collections.Counter[str] = collections.Counter()
     trips = [json.loads(line) for line in lines]
-    names = {address: host for host, address, *_ in trips if host}
+    names = {**(known or {}), **{address: host for host, address, *_ in trips if host}}
     for host, address, task, action in trips:
         name = host or names.get(address, address)
         waits[name] += action == "glm.fleet.systemd_job" and tasks[name][task] > 0
@@ -90,10 +91,19 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]
         descriptor, self.log = tempfile.mkstemp(prefix="round_trips.")
         os.close(descriptor)
         count_ssh_processes(self.log)
+        self.names: dict[str, str] = {}
+
+    def v2_playbook_on_play_start(self, play: Any) -> None:
+        # By their addresses alone are the hosts known that tasks are delegated to.
+        if not self.names:
+            manager = play.get_variable_manager()
+            for host in manager._inventory.get_hosts(ignore_limits=True):
+                address = manager.get_vars(host=host, include_hostvars=False).get("ansible_host", host.name)
+                self.names[str(address)] = host.name
 
     def v2_playbook_on_stats(self, stats: Any) -> None:
         with open(self.log) as file:
-            hosts = summarise(file.readlines())
+            hosts = summarise(file.readlines(), self.names)
         os.unlink(self.log)
         wall, cpu = round(time.monotonic() - self.begin, 1), round(cpu_seconds() - self.cpu_begin, 1)
         width = max([len(host) for host in hosts] + [4])

@@ -50,11 +50,11 @@ def of_other_origin(name: str, version: str) -> bool:
 
 @dataclass(frozen=True)
 class Context:
-    """What was seen (driver_info, gpu_info), the branch's bill of materials, and what is wanted."""
+    """What was seen (driver_info, gpu_info), the branch's package set, and what is wanted."""
 
     info: Mapping[str, Any]
     gpu: Mapping[str, Any]
-    bom: Mapping[str, Any]
+    package_set: Mapping[str, Any]
     wanted: Mapping[str, Any]
 
     @property
@@ -63,7 +63,7 @@ class Context:
 
     @property
     def branch(self) -> int:
-        return int(self.bom["branch"])
+        return int(self.package_set["branch"])
 
     @property
     def asked(self) -> str:
@@ -103,23 +103,25 @@ class Context:
         """The version that the node is to run.
 
         `install` keeps a driver of the wanted branch that is loaded and knows the GPU, and adds what is missing;
-        `upgrade` goes to the bill of materials'.
+        `upgrade` goes to the package set'.
         """
         if self.asked:
             return self.asked
         if self.adopts:
-            return str(self.loaded["version"] if self.loaded.get("branch") == self.branch else self.bom["version"])
+            return str(
+                self.loaded["version"] if self.loaded.get("branch") == self.branch else self.package_set["version"]
+            )
         if self.wanted["mode"] == "install" and self.loaded.get("branch") == self.branch:
-            there = [self.installed_version(name) for name in self.bom["pinned"]]
+            there = [self.installed_version(name) for name in self.package_set["pinned"]]
             of_branch = [version for version in there if versions(version)[:1] == (self.branch,)]
             kept = of_branch[0] if of_branch else str(self.loaded["version"])
             if versions(kept) >= versions(self.wanted["min_version"]):
                 return kept
-        return str(self.bom["version"])
+        return str(self.package_set["version"])
 
     @property
     def pinning(self) -> str:
-        return str(self.bom["pinning"]).format(version=self.target)
+        return str(self.package_set["pinning"]).format(version=self.target)
 
     @cached_property
     def packages(self) -> list[str]:
@@ -128,11 +130,11 @@ class Context:
             self.is_finished(name)
             and self.installed_version(name) == self.target
             and not of_other_origin(name, self.info["installed"][name])
-            for name in self.bom["pinned"]
+            for name in self.package_set["pinned"]
         )
         if self.adopts or right:
             return []
-        return [f"{name}={self.target}*" for name in (*self.bom["pinned"], *self.moving)]
+        return [f"{name}={self.target}*" for name in (*self.package_set["pinned"], *self.moving)]
 
     @cached_property
     def moving(self) -> list[str]:
@@ -144,7 +146,7 @@ class Context:
         return [
             name
             for name, branch in self.drivers.items()
-            if name not in self.bom["pinned"]
+            if name not in self.package_set["pinned"]
             and branch == self.loaded.get("branch")
             and not re.search(r"-([3-9]\d\d)(-|$)|-pinning-", name)
             and not of_other_origin(name, self.info["installed"][name])
@@ -156,8 +158,8 @@ class Context:
         """What is missing of the packages that have versions of their own."""
         if self.adopts:
             return []
-        names = list(self.bom["unpinned"])
-        names += [self.bom[part]["package"] for part in ("cuda_toolkit", "dcgm") if self.wanted.get(part)]
+        names = list(self.package_set["unpinned"])
+        names += [self.package_set[part]["package"] for part in ("cuda_toolkit", "dcgm") if self.wanted.get(part)]
         missing = [str(name) for name in names if not self.is_finished(name)]
         if not self.info["headers"]:
             missing.append(self.info["headers_package"])
@@ -187,7 +189,7 @@ class Context:
         return [
             name
             for name, branch in self.drivers.items()
-            if name not in (*self.bom["pinned"], *self.moving, self.pinning)
+            if name not in (*self.package_set["pinned"], *self.moving, self.pinning)
             and not of_other_origin(name, self.info["installed"][name])
             and (
                 name.startswith("nvidia-driver-pinning-")
@@ -203,7 +205,7 @@ class Context:
             # Debian ships a newer nvidia-modprobe beside its driver: it only makes device nodes.
             others = {name: other for name, other in self.drivers.items() if name != "nvidia-modprobe"}
             return [name for name, other in others.items() if branch not in (None, other)]
-        kept = {*self.bom["pinned"], *self.moving}
+        kept = {*self.package_set["pinned"], *self.moving}
         return [
             name
             for name, branch in self.drivers.items()
@@ -214,18 +216,18 @@ class Context:
 
     @property
     def hold(self) -> list[str]:
-        """Packages to hold that are not: what is adopted, or what the bill of materials names."""
+        """Packages to hold that are not: what is adopted, or what the package set names."""
         if self.adopts:
-            ours = (*self.bom["pinned"], *self.bom["unpinned"])
+            ours = (*self.package_set["pinned"], *self.package_set["unpinned"])
             names = [name for name in self.info["installed"] if name in self.drivers or name in ours]
         else:
-            names = [*self.bom["pinned"], *self.bom["unpinned"], self.pinning]
+            names = [*self.package_set["pinned"], *self.package_set["unpinned"], self.pinning]
         return [name for name in names if name not in self.info["held"]]
 
     @property
     def to_hold(self) -> list[str]:
         """A transaction takes away the holds of what it changes."""
-        return list(dict.fromkeys((*self.hold, *(self.bom["pinned"] if self.packages else ()))))
+        return list(dict.fromkeys((*self.hold, *(self.package_set["pinned"] if self.packages else ()))))
 
     @property
     def modules(self) -> list[str]:
@@ -236,7 +238,7 @@ class Context:
     def services(self) -> list[str]:
         """Daemons of the packages that do not run or do not start on boot; a static unit has others that start it."""
         units = ["nvidia-persistenced.service", "nvidia-fabricmanager.service"]
-        units += [self.bom["dcgm"]["unit"]] if self.wanted.get("dcgm") else []
+        units += [self.package_set["dcgm"]["unit"]] if self.wanted.get("dcgm") else []
         seen = self.info["services"]
         return [
             unit
@@ -295,7 +297,7 @@ def other_branch(c: Context) -> Iterator[Finding]:
         yield Finding(
             "driver_branch",
             f"the loaded driver is of another branch (found {c.loaded['version']}, wanted "
-            f"{c.asked or c.bom['version']} or another of branch {c.branch})",
+            f"{c.asked or c.package_set['version']} or another of branch {c.branch})",
             f"set glm_driver_branch: {c.loaded['branch']} to keep it, or glm_driver_mode: upgrade to replace it",
         )
 
@@ -341,9 +343,9 @@ def version_of_another_branch(c: Context) -> Iterator[Finding]:
         yield Finding(
             "driver_version",
             f"the version is not of the branch (found glm_driver_version: {c.asked}, wanted one of branch {c.branch})",
-            f"set glm_driver_branch: {branch[0]}, or glm_driver_version: {c.bom['version']}"
+            f"set glm_driver_branch: {branch[0]}, or glm_driver_version: {c.package_set['version']}"
             if branch
-            else f"set glm_driver_version: {c.bom['version']}",
+            else f"set glm_driver_version: {c.package_set['version']}",
         )
 
 
@@ -352,7 +354,7 @@ def too_old(c: Context) -> Iterator[Finding]:
     found = c.loaded.get("version") if c.adopts else c.target
     minimum = str(c.wanted["min_version"])
     if found and versions(found) < versions(minimum):
-        fix = "glm_driver_mode: upgrade" if c.adopts else f"glm_driver_version: {c.bom['version']}"
+        fix = "glm_driver_mode: upgrade" if c.adopts else f"glm_driver_version: {c.package_set['version']}"
         yield Finding(
             "driver_version",
             f"the driver is too old for the GPU (found {found}, wanted {minimum} or later)",
@@ -365,11 +367,11 @@ def unknown_to_apt(c: Context) -> Iterator[Finding]:
     if not c.wanted.get("candidates_known") or not c.changes:
         return
     known = {name: [upstream(version) for version in found] for name, found in c.info["candidates"].items()}
-    needed = [name for name in (*(c.bom["pinned"] if c.packages else ()), c.pinning) if name in known]
+    needed = [name for name in (*(c.package_set["pinned"] if c.packages else ()), c.pinning) if name in known]
     lacking = [name for name in needed if c.target not in known[name]]
     if not lacking:
         return
-    pinned = [known[name] for name in c.bom["pinned"] if name in known]
+    pinned = [known[name] for name in c.package_set["pinned"] if name in known]
     everywhere = [version for version in (pinned[0] if pinned else []) if all(version in other for other in pinned)]
     choices = list(dict.fromkeys(version for version in everywhere if versions(version)[:1] == (c.branch,)))
     yield Finding(
@@ -386,7 +388,10 @@ def unpinned_unknown_to_apt(c: Context) -> Iterator[Finding]:
     known = c.info["candidates"]
     lacking = [name for name in c.unpinned if name in known and not known[name]]
     if c.wanted.get("candidates_known") and lacking:
-        optional = {c.bom["cuda_toolkit"]["package"]: "glm_cuda_toolkit", c.bom["dcgm"]["package"]: "glm_dcgm"}
+        optional = {
+            c.package_set["cuda_toolkit"]["package"]: "glm_cuda_toolkit",
+            c.package_set["dcgm"]["package"]: "glm_dcgm",
+        }
         without = "".join(f", or {optional[name]}: false to do without" for name in lacking if name in optional)
         yield Finding(
             "packages",
@@ -411,7 +416,7 @@ def distribution(c: Context) -> Iterator[Finding]:
 
 @rule
 def kernel(c: Context) -> Iterator[Finding]:
-    minimum = str(c.bom["min_kernel"])
+    minimum = str(c.package_set["min_kernel"])
     if c.packages and versions(c.info["kernel"])[:2] < versions(minimum)[:2]:
         yield Finding(
             "kernel",
@@ -570,13 +575,13 @@ def sources_to_disable(c: Context) -> list[str]:
 
 
 def driver_plan(
-    info: Mapping[str, Any], gpu: Mapping[str, Any] | None, bom: Mapping[str, Any], wanted: Mapping[str, Any]
+    info: Mapping[str, Any], gpu: Mapping[str, Any] | None, package_set: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What has to be done on a node, and what stands in the way of it.
 
     `action` is nothing, adopt, install or upgrade. With findings nothing may be done.
     """
-    c = Context(info, gpu or {}, bom, wanted)
+    c = Context(info, gpu or {}, package_set, wanted)
     remove = c.replaced + ([] if c.adopts else c.conflicting)
     changed = {package.split("=", 1)[0] for package in c.packages} | set(remove)
     return {
@@ -586,8 +591,10 @@ def driver_plan(
         "pinning": c.pinning,
         "packages": c.packages,
         "unpinned": c.unpinned,
-        "downgrade": [name for name in bom["pinned"] if c.packages and is_newer(c.installed_version(name), c.target)],
-        "remove": [name for name in remove if name not in bom["pinned"]],
+        "downgrade": [
+            name for name in package_set["pinned"] if c.packages and is_newer(c.installed_version(name), c.target)
+        ],
+        "remove": [name for name in remove if name not in package_set["pinned"]],
         "sources_to_disable": sources_to_disable(c),
         "hold": c.to_hold,
         "unhold": [name for name in info["held"] if name in changed],
@@ -606,10 +613,10 @@ def is_newer(found: str, wanted: str) -> bool:
 
 
 def driver_wrong(
-    info: Mapping[str, Any], gpu: Mapping[str, Any] | None, bom: Mapping[str, Any], wanted: Mapping[str, Any]
+    info: Mapping[str, Any], gpu: Mapping[str, Any] | None, package_set: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> list[str]:
     """What is not as wanted once the plan was carried out, one line each."""
-    c = Context(info, gpu or {}, bom, wanted)
+    c = Context(info, gpu or {}, package_set, wanted)
     return [finding.line for rule in (driver_after, packages_after, fabric_after) for finding in rule(c)]
 
 
@@ -629,7 +636,7 @@ def driver_after(c: Context) -> Iterator[Finding]:
 
 def packages_after(c: Context) -> Iterator[Finding]:
     if not c.adopts:
-        wrong = [name for name in c.bom["pinned"] if c.installed_version(name) != c.target]
+        wrong = [name for name in c.package_set["pinned"] if c.installed_version(name) != c.target]
         if wrong:
             found = listed(f"{name} {c.info['installed'].get(name, 'missing')}" for name in wrong)
             yield Finding(

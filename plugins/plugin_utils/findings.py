@@ -1,4 +1,4 @@
-"""What the filters that judge a node share: a finding, and the words that one is made of."""
+"""What the filters that validate a node share: a finding, and the words that one is made of."""
 
 from __future__ import annotations
 

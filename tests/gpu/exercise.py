@@ -271,7 +271,7 @@ class Node:
             "api_key": (self.stage / "key").read_text(encoding="utf-8"), "questions": QUESTIONS,
             "metrics": [name.partition("{")[0] for name in (metrics["running"], *metrics["progress"])],
             "cached_tokens_metric": metrics.get("cached", ""), "image_digest": self.release["image_digest"],
-            "gpu_count": 1, "headers": {"X-Glm-Unrotated": "1"},
+            "gpu_count": 1, "headers": {"X-Glm-Probe": "1"},
         }  # fmt: skip
         began = time.monotonic()
         done = subprocess.run(
@@ -372,7 +372,7 @@ def leave(url: str, key: str, body: dict[str, Any], seconds: float, half: bool) 
     host, _, port = address.partition(":")
     data = json.dumps(body).encode()
     head = (
-        f"POST /{path} HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {key}\r\nX-Glm-Unrotated: 1\r\n"
+        f"POST /{path} HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {key}\r\nX-Glm-Probe: 1\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     )
     with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 10) as connection:

@@ -50,9 +50,9 @@ def docker(*arguments: str, stdin: str | None = None, seconds: int = 900) -> str
     return done.stdout
 
 
-def bill(branch: int) -> dict[str, Any]:
-    bom: dict[str, Any] = yaml.safe_load((ROOT / "drivers/570.yml").read_text())
-    return {**bom, "branch": branch, "pinned": bom["driver"]["Debian"] + bom["fabric"]}
+def package_set_of(branch: int) -> dict[str, Any]:
+    package_set: dict[str, Any] = yaml.safe_load((ROOT / "drivers/570.yml").read_text())
+    return {**package_set, "branch": branch, "pinned": package_set["driver"]["Debian"] + package_set["fabric"]}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_the_packages_are_read(info: dict[str, Any]) -> None:
 
 
 def test_another_branch_is_refused_with_both_versions(info: dict[str, Any]) -> None:
-    plan = driver.driver_plan(info, GPU, bill(570), WANTED)
+    plan = driver.driver_plan(info, GPU, package_set_of(570), WANTED)
     lines = [finding["line"] for finding in plan["findings"] if finding["id"] == "driver_branch"]
     assert len(lines) == 1
     assert info["loaded"]["version"] in lines[0]
@@ -96,7 +96,7 @@ def test_another_branch_is_refused_with_both_versions(info: dict[str, Any]) -> N
 
 
 def test_adopted_it_is_held_whole(info: dict[str, Any]) -> None:
-    plan = driver.driver_plan(info, GPU, bill(550), {**WANTED, "branch": 550, "min_version": "550.0"})
+    plan = driver.driver_plan(info, GPU, package_set_of(550), {**WANTED, "branch": 550, "min_version": "550.0"})
     assert plan["findings"] == []
     assert plan["action"] == "adopt"
     of_driver = {name for name, version in info["installed"].items() if version.startswith("550.")}
@@ -107,7 +107,7 @@ def test_adopted_it_is_held_whole(info: dict[str, Any]) -> None:
 def test_replaced_none_of_it_stays(info: dict[str, Any]) -> None:
     """By NVIDIA's own packages of 570, whose names are partly the same."""
     info = {**info, "candidates": {**info["candidates"], "libnvidia-ml1": ["570.211.01-1", "550.163.01-2"]}}
-    plan = driver.driver_plan(info, GPU, bill(570), {**WANTED, "mode": "upgrade"})
+    plan = driver.driver_plan(info, GPU, package_set_of(570), {**WANTED, "mode": "upgrade"})
     assert [finding["id"] for finding in plan["findings"] if finding["id"] != "kernel"] == []
     moved = {package.split("=")[0] for package in plan["packages"]}
     assert {"libcuda1", "libnvidia-ml1", "nvidia-persistenced", "nvidia-driver-cuda"} <= moved

@@ -22,18 +22,18 @@ Dict = dict[str, Any]
 
 def bill(branch: int, distribution: str = "Ubuntu") -> Dict:
     """As the role hands it over: `pinned` for the distribution."""
-    bom: Dict = yaml.safe_load((ROOT / "drivers" / f"{branch}.yml").read_text())
-    return {**bom, "pinned": bom["driver"][distribution] + bom["fabric"]}
+    package_set: Dict = yaml.safe_load((ROOT / "drivers" / f"{branch}.yml").read_text())
+    return {**package_set, "pinned": package_set["driver"][distribution] + package_set["fabric"]}
 
 
 def packages_of(version: str) -> dict[str, str]:
-    """All that a bill of materials names, as dpkg lists it after a transaction."""
-    bom = bill(int(version[:3]))
-    installed = {name: f"{version}-{'1' if 'fabric' in name else '1ubuntu1'}" for name in bom["pinned"]}
-    installed.update(dict.fromkeys(bom["unpinned"], "2025.03.11-1"))
-    installed[bom["cuda_toolkit"]["package"]] = "12.8.1-1"
-    installed[bom["dcgm"]["package"]] = "1:4.2.3-1"
-    installed[bom["pinning"].format(version=version)] = f"{version}-1"
+    """All that a package set names, as dpkg lists it after a transaction."""
+    package_set = bill(int(version[:3]))
+    installed = {name: f"{version}-{'1' if 'fabric' in name else '1ubuntu1'}" for name in package_set["pinned"]}
+    installed.update(dict.fromkeys(package_set["unpinned"], "2025.03.11-1"))
+    installed[package_set["cuda_toolkit"]["package"]] = "12.8.1-1"
+    installed[package_set["dcgm"]["package"]] = "1:4.2.3-1"
+    installed[package_set["pinning"].format(version=version)] = f"{version}-1"
     return installed
 
 
@@ -85,7 +85,7 @@ class World:
         }
 
     def branch(self, branch: int) -> None:
-        self.bom = bill(branch)
+        self.package_set = bill(branch)
 
     def load(self, version: str, open_module: bool = True) -> None:
         self.info["loaded"] = {"version": version, "branch": int(version[:3]), "open": open_module}
@@ -96,27 +96,27 @@ class World:
     def have(self, version: str, hold: bool = True) -> None:
         """Installed as this role does it, and loaded."""
         self.info["installed"] = packages_of(version)
-        bom = bill(int(version[:3]))
-        names = [*bom["pinned"], *bom["unpinned"], bom["pinning"].format(version=version)]
+        package_set = bill(int(version[:3]))
+        names = [*package_set["pinned"], *package_set["unpinned"], package_set["pinning"].format(version=version)]
         self.info["held"] = names if hold else []
         self.load(version)
 
     def apt_has(self, *versions: str) -> None:
         self.wanted["candidates_known"] = True
-        for name in self.bom["pinned"]:
+        for name in self.package_set["pinned"]:
             self.info["candidates"][name] = [f"{version}-1ubuntu1" for version in versions]
         for version in versions:
-            self.info["candidates"][self.bom["pinning"].format(version=version)] = [f"{version}-1"]
-        self.info["candidates"].update({name: ["1-1"] for name in self.bom["unpinned"]})
+            self.info["candidates"][self.package_set["pinning"].format(version=version)] = [f"{version}-1"]
+        self.info["candidates"].update({name: ["1-1"] for name in self.package_set["unpinned"]})
 
     def plan(self) -> Dict:
-        return driver.driver_plan(self.info, self.gpu, self.bom, self.wanted)
+        return driver.driver_plan(self.info, self.gpu, self.package_set, self.wanted)
 
     def found(self) -> list[str]:
         return [finding["line"] for finding in self.plan()["findings"]]
 
     def wrong(self) -> list[str]:
-        return driver.driver_wrong(self.info, self.gpu, self.bom, self.wanted)
+        return driver.driver_wrong(self.info, self.gpu, self.package_set, self.wanted)
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_bare_node(world: World) -> None:
     assert plan["findings"] == []
     assert (plan["action"], plan["version"], plan["reboot"]) == ("install", "570.211.01", False)
     assert plan["pinning"] == "nvidia-driver-pinning-570.211.01"
-    assert plan["packages"] == [f"{name}=570.211.01*" for name in world.bom["pinned"]]
+    assert plan["packages"] == [f"{name}=570.211.01*" for name in world.package_set["pinned"]]
     assert {"nvidia-open-570=570.211.01*", "nvidia-persistenced=570.211.01*"} <= set(plan["packages"])
     assert plan["unpinned"] == [
         "nvlsm",
@@ -147,7 +147,7 @@ def test_bare_node(world: World) -> None:
         f"linux-modules-extra-{KERNEL}",
     ]
     assert plan["modules"] == ["ib_umad", "mlx5_core", "mlx5_ib"]
-    assert set(plan["hold"]) == {*world.bom["pinned"], *world.bom["unpinned"], plan["pinning"]}
+    assert set(plan["hold"]) == {*world.package_set["pinned"], *world.package_set["unpinned"], plan["pinning"]}
     assert (plan["remove"], plan["downgrade"], plan["unhold"], plan["sources_to_disable"]) == ([], [], [], [])
 
 
@@ -168,7 +168,7 @@ def test_lines_of_a_bare_node(world: World) -> None:
 
 def test_toolkit_and_dcgm_are_optional(world: World) -> None:
     world.wanted.update(cuda_toolkit=False, dcgm=False)
-    assert world.plan()["unpinned"] == world.bom["unpinned"]
+    assert world.plan()["unpinned"] == world.package_set["unpinned"]
 
 
 @pytest.mark.parametrize("mode", ["adopt", "install", "upgrade"])
@@ -223,7 +223,7 @@ def test_upgrade_within_the_branch(world: World) -> None:
     plan = world.plan()
     assert (plan["action"], plan["version"], plan["reboot"], plan["findings"]) == ("upgrade", "570.211.01", True, [])
     assert plan["remove"] == ["nvidia-driver-pinning-570.195.03"]
-    assert set(plan["unhold"]) == {*world.bom["pinned"], "nvidia-driver-pinning-570.195.03"}
+    assert set(plan["unhold"]) == {*world.package_set["pinned"], "nvidia-driver-pinning-570.195.03"}
     assert plan["lines"][-1] == "reboot: 570.195.03 is loaded, 570.211.01 comes with the reboot"
 
 
@@ -234,7 +234,7 @@ def test_move_to_another_branch(world: World, mode: str) -> None:
     world.wanted.update(mode=mode, allow_reboot=True)
     plan = world.plan()
     assert (plan["action"], plan["reboot"], plan["findings"]) == ("upgrade", True, [])
-    assert f"nvidia-fabricmanager={world.bom['version']}*" in plan["packages"]
+    assert f"nvidia-fabricmanager={world.package_set['version']}*" in plan["packages"]
     assert {"nvidia-open-570", "nvidia-fabricmanager-570", "nvidia-driver-pinning-570.211.01"} <= set(plan["remove"])
     assert not {"nvidia-persistenced", "nvlsm", "cuda-toolkit-12-8"} & set(plan["remove"])
     assert plan["downgrade"] == []
@@ -290,8 +290,8 @@ def test_the_plan_for_a_real_gpu_host(world: World) -> None:
 
 
 def test_on_debian_all_of_the_driver_moves_along(world: World) -> None:
-    """Its names have no branch: what is not in the bill of materials moves where apt has it, and goes where not."""
-    world.bom = bill(570, "Debian")
+    """Its names have no branch: what is not in the package set moves where apt has it, and goes where not."""
+    world.package_set = bill(570, "Debian")
     names = [*bill(580, "Debian")["pinned"], "libnvidia-ml1", "nvidia-smi"]
     world.info["installed"] = dict.fromkeys(names, "580.159.04-1")
     world.load("580.159.04")
@@ -348,14 +348,14 @@ def test_conflicts_and_sources_go_where_that_is_allowed(world: World) -> None:
 
 def test_planning_leaves_what_was_seen_alone(world: World) -> None:
     world.have("580.159.04")
-    before = copy.deepcopy((world.info, world.gpu, world.bom, world.wanted))
+    before = copy.deepcopy((world.info, world.gpu, world.package_set, world.wanted))
     world.plan()
     world.wrong()
-    assert before == (world.info, world.gpu, world.bom, world.wanted)
+    assert before == (world.info, world.gpu, world.package_set, world.wanted)
 
 
 def test_without_gpu_info(world: World) -> None:
-    assert driver.driver_plan(world.info, None, world.bom, world.wanted)["findings"] == []
+    assert driver.driver_plan(world.info, None, world.package_set, world.wanted)["findings"] == []
 
 
 # ---- each obstacle and its line
@@ -687,7 +687,7 @@ def test_every_rule_has_an_obstacle() -> None:
     for broken, _ in OBSTACLES:
         world = World()
         broken(world)
-        context = driver.Context(world.info, world.gpu, world.bom, world.wanted)
+        context = driver.Context(world.info, world.gpu, world.package_set, world.wanted)
         spoke |= {rule.__name__ for rule in driver.RULES if list(rule(context))}
     assert spoke == {rule.__name__ for rule in driver.RULES}
 
@@ -915,7 +915,7 @@ def test_the_line_of_another_task_stays_as_it_is(world: World) -> None:
 
 def test_ansible_loads_the_filters_that_share_code(tmp_path: Path, world: World) -> None:
     """It puts no folder of the project on the path, as the tests do."""
-    expression = "{{ seen.info | glm.fleet.driver_plan({}, seen.bom, seen.wanted) | to_json }}"
+    expression = "{{ seen.info | glm.fleet.driver_plan({}, seen.package_set, seen.wanted) | to_json }}"
     (tmp_path / "seen.json").write_text(json.dumps({"seen": vars(world)}))
     command = ["ansible", "localhost", "--inventory", "localhost,", "--connection", "local", "--extra-vars"]
     command += [f"@{tmp_path}/seen.json", "--module-name", "ansible.builtin.debug", "--args", f"msg='{expression}'"]

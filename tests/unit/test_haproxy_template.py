@@ -404,11 +404,11 @@ def test_a_node_out_of_rotation_takes_the_checks_of_a_rollout_alone(edge: Edge) 
     edge.admin("set server engines/node0 state drain")
     assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 503
     assert edge.ask("/health")[0] == 503
-    unrotated = {"X-Glm-Unrotated": "1"}
-    wait_until(lambda: edge.ask("/health", unrotated)[0] == 200, "the engine to be up")
-    assert edge.ask("/v1/models", {"x-api-key": KEY, **unrotated})[0] == 200
-    assert edge.ask("/v1/models", unrotated)[0] == 401
-    assert "x-glm-unrotated" not in edge.engine.asked()[-1][2]
+    probe = {"X-Glm-Probe": "1"}
+    wait_until(lambda: edge.ask("/health", probe)[0] == 200, "the engine to be up")
+    assert edge.ask("/v1/models", {"x-api-key": KEY, **probe})[0] == 200
+    assert edge.ask("/v1/models", probe)[0] == 401
+    assert "x-glm-probe" not in edge.engine.asked()[-1][2]
 
 
 class Agent(socketserver.ThreadingTCPServer):
@@ -435,8 +435,8 @@ def test_an_engine_that_is_not_warm_takes_the_checks_of_a_rollout_alone(start: C
         edge = start(engines=0, gateway_servers=[{**node, "agent_port": agent.server_address[1]}])
         wait_until(lambda: edge.ask("/health")[0] == 503, "the agent's word")
         assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 503
-        unrotated = {"X-Glm-Unrotated": "1"}
-        wait_until(lambda: edge.ask("/health", unrotated)[0] == 200, "the engine to be up")
+        probe = {"X-Glm-Probe": "1"}
+        wait_until(lambda: edge.ask("/health", probe)[0] == 200, "the engine to be up")
         assert edge.reload() is None
         wait_until(lambda: edge.ask("/health")[0] == 503, "the new worker to ask the agent")
         agent.says = b"up\n"

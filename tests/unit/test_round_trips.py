@@ -25,6 +25,11 @@ def test_a_delegated_task_counts_for_the_host_that_it_goes_to() -> None:
     }
 
 
+def test_a_host_that_tasks_are_only_delegated_to_has_its_name() -> None:
+    figures = round_trips.summarise(lines(("", "9", "Drain")), {"9": "gateway"})
+    assert figures == {"gateway": {"round_trips": 1, "waits": 0, "tasks": {"Drain": 1}}}
+
+
 def test_a_long_unit_that_is_followed_on_is_a_wait() -> None:
     trips = lines(
         ("n1", "1", "Pull"),

@@ -10,9 +10,9 @@ import pytest
 import yaml
 from testinfra.host import Host
 
-BOM: dict[str, Any] = yaml.safe_load((Path(__file__).resolve().parents[3] / "drivers/570.yml").read_text())
-PINNED = {distribution: names + BOM["fabric"] for distribution, names in BOM["driver"].items()}
-VERSION: str = BOM["version"]
+PACKAGE_SET: dict[str, Any] = yaml.safe_load((Path(__file__).resolve().parents[3] / "drivers/570.yml").read_text())
+PINNED = {distribution: names + PACKAGE_SET["fabric"] for distribution, names in PACKAGE_SET["driver"].items()}
+VERSION: str = PACKAGE_SET["version"]
 ADOPTED, REPLACED, MIXED = "driver-570", "driver-580", "driver-mixed"
 FLOATING = ("nvidia-persistenced", "nvidia-modprobe")
 
