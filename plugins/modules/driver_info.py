@@ -110,8 +110,8 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.glm.fleet.plugins.module_utils.docker_socket import docker_get, docker_runs
-from ansible_collections.glm.fleet.plugins.module_utils.processes import open_files
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.docker import docker_get, docker_runs
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.processes import open_files
 
 LOCK = "/var/lib/dpkg/lock-frontend"
 DISKS = ("/", "/boot", "/usr", "/var")

@@ -55,7 +55,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.glm.fleet.plugins.module_utils.processes import parse_container_id
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.processes import parse_container_id
 
 NVIDIA_VENDOR = "0x10de"
 PCI_CLASSES_OF_GPUS = ("0x0300", "0x0302")  # VGA and 3D controllers; NVSwitches are 0x0680

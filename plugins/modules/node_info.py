@@ -125,8 +125,8 @@ from typing import Any, Callable, TypedDict
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.facts.system.distribution import DistributionFactCollector
-from ansible_collections.glm.fleet.plugins.module_utils.docker_socket import docker_get, docker_runs
-from ansible_collections.glm.fleet.plugins.module_utils.processes import open_files, parse_container_id
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.docker import docker_get, docker_runs
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.processes import open_files, parse_container_id
 
 CDI_DIRECTORIES = ("/etc/cdi", "/var/run/cdi")
 LISTEN = "0A"

@@ -46,8 +46,8 @@ import subprocess
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.glm.fleet.plugins.module_utils.haproxy import SOCKET, HAProxy, Unavailable
-from ansible_collections.glm.fleet.plugins.module_utils.metrics import load
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.haproxy import SOCKET, HAProxy, Unavailable
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.metrics import load
 
 UNIT = "glm-engine.service"
 

@@ -458,13 +458,3 @@ def test_progress_goes_to_systemd(node: Node) -> None:
                 break
     assert any(line.startswith("STATUS=downloading ") and "of 600." in line for line in said)
     assert said[-1].startswith("STATUS=complete: 6 files")
-
-
-def test_the_meter_tells_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = load()
-    said: list[str] = []
-    monkeypatch.setattr(module, "notify", said.append)
-    meter = module.Meter("downloading", 755_600_000_000)
-    for second in range(0, 61, 2):
-        meter.report(second * 512_000_000, "3 of 152 files", now=100.0 + second)
-    assert said[-1] == "downloading 30.7 GB of 755.6 GB, 512.0 MB/s, ETA 24 min, 3 of 152 files"
