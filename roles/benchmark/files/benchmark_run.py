@@ -12,20 +12,19 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib/benchmark"))
+from glm_node.files import lines
 from glm_node.systemd import status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from types import FrameType
 
 # Inside the container.
@@ -37,18 +36,6 @@ BAR = re.compile(r"(\d+)/(\d+) \[")
 
 class BenchmarkError(Exception):
     """One line for the user."""
-
-
-def lines(stream: IO[bytes]) -> Iterator[str]:
-    """Lines as they come: a progress bar ends each of its states with a carriage return."""
-    pending = b""
-    while True:
-        chunk = os.read(stream.fileno(), 4096)
-        if not chunk:
-            break
-        *complete, pending = re.split(rb"[\r\n]", pending + chunk)
-        yield from (line.decode(errors="replace") for line in complete)
-    yield pending.decode(errors="replace")
 
 
 def progress(line: str, workload: dict[str, Any]) -> str | None:
