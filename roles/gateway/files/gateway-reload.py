@@ -28,7 +28,8 @@ TIMEOUT = 15.0
 def worker(path: str) -> "str | None":
     """The process id of the worker that answers now."""
     try:
-        lines = HAProxy(path).ask("show info").splitlines()
+        # Short, so that several tries fit into the time of a reload.
+        lines = HAProxy(path, timeout=TIMEOUT / 5).ask("show info").splitlines()
     except Unavailable:
         return None
     return next((line.split()[1] for line in lines if line.startswith("Pid:")), None)
