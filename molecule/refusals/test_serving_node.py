@@ -107,7 +107,6 @@ def test_unfit_weights_are_not_put_into_service(name: str, node: Node, play: Pla
     faults, says = UNFIT_WEIGHTS[name]
     try:
         with node.hub(**faults):
-            # The client tries five times by itself.
             run = play(
                 glm_model_revision=NEXT_REVISION,
                 glm_models_dir=ELSEWHERE,

@@ -53,7 +53,7 @@ import time
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.glm.fleet.plugins.module_utils.haproxy import BACKEND, SOCKET, HAProxy, Unavailable
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.haproxy import BACKEND, SOCKET, HAProxy, Unavailable
 
 INTERVAL = 0.2  # seconds between two looks
 KEEP = "/opt/glm/bin/gateway-reload"  # writes the state that HAProxy reads on its next start

@@ -66,7 +66,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.glm.fleet.plugins.module_utils.endpoint import Response, Server, Wrong, need, shorten
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.endpoint import Response, Server, Wrong, need, shorten
 
 
 class Client:

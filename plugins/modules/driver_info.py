@@ -110,8 +110,9 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.glm.fleet.plugins.module_utils.docker_socket import docker_get, docker_runs
-from ansible_collections.glm.fleet.plugins.module_utils.processes import open_files
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.docker import docker_get, docker_runs
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_text
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.processes import open_files
 
 LOCK = "/var/lib/dpkg/lock-frontend"
 DISKS = ("/", "/boot", "/usr", "/var")
@@ -122,13 +123,6 @@ UNFINISHED = {"U": "unpacked", "F": "half-configured", "H": "half-installed", "W
 SOURCES_OF_DRIVERS = re.compile(r"nvidia|graphics-drivers|\bcuda\b", re.IGNORECASE)
 OTHER_SOURCES_OF_NVIDIA = re.compile(r"libnvidia-container|nvidia-container-toolkit", re.IGNORECASE)
 ERROR = re.compile(r"\berror\b|\bfatal\b|\*\*\*", re.IGNORECASE)
-
-
-def read(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def run(command: list[str], timeout: int) -> str:
@@ -281,7 +275,7 @@ def driver_sources(own: list[str], root: str = "/etc/apt") -> list[dict[str, Any
     for path in files:
         if str(path) in own or path.suffix not in (".list", ".sources"):
             continue
-        entries = (parse_stanzas if path.suffix == ".sources" else parse_one_line_sources)(read(path))
+        entries = (parse_stanzas if path.suffix == ".sources" else parse_one_line_sources)(read_text(path))
         drivers = [
             entry for entry in entries if SOURCES_OF_DRIVERS.search(entry) and not OTHER_SOURCES_OF_NVIDIA.search(entry)
         ]
@@ -292,7 +286,7 @@ def driver_sources(own: list[str], root: str = "/etc/apt") -> list[dict[str, Any
 def driver_preferences(root: str = "/etc/apt") -> list[str]:
     base = Path(root)
     files = [base / "preferences", *sorted((base / "preferences.d").glob("*"))]
-    return [str(path) for path in files if SOURCES_OF_DRIVERS.search(read(path))]
+    return [str(path) for path in files if SOURCES_OF_DRIVERS.search(read_text(path))]
 
 
 # ---- who holds dpkg's lock
@@ -322,10 +316,10 @@ def lock_holder(path: str = LOCK, proc: str = "/proc") -> dict[str, Any] | None:
         inode = os.stat(path).st_ino
     except OSError:
         return None
-    for pid in parse_locks(read(f"{proc}/locks"), inode):
+    for pid in parse_locks(read_text(f"{proc}/locks"), inode):
         if has_open(pid, os.path.realpath(path), proc):
-            words = read(f"{proc}/{pid}/cmdline").replace("\0", " ").strip()
-            name = read(f"{proc}/{pid}/comm").strip()
+            words = read_text(f"{proc}/{pid}/cmdline").replace("\0", " ").strip()
+            name = read_text(f"{proc}/{pid}/comm").strip()
             return {"pid": pid, "process": (words or name or "unknown")[:MOST_OF_A_COMMAND_LINE]}
     return None
 
@@ -350,7 +344,7 @@ def dkms_log(root: str = "/var/lib/dkms") -> dict[str, Any] | None:
     if not found:
         return None
     path = max(found)[1]
-    text = read(path)
+    text = read_text(path)
     lines = error_lines(text)
     if not lines and path.parent.name == "build":  # cut off: its end is what there is to say
         lines = [line.strip() for line in text.splitlines() if line.strip()][-LINES_OF_A_LOG:]
@@ -395,7 +389,7 @@ def parse_toolkit(version_json: str, nvcc: str) -> str | None:
 def toolkit(directory: str, timeout: int) -> str | None:
     nvcc = os.path.join(directory, "bin", "nvcc")
     said = run([nvcc, "--version"], timeout) if os.path.exists(nvcc) else ""
-    return parse_toolkit(read(os.path.join(directory, "version.json")), said)
+    return parse_toolkit(read_text(os.path.join(directory, "version.json")), said)
 
 
 def uses_gpus(container: dict[str, Any]) -> bool:
@@ -437,7 +431,7 @@ def blocks_upgrades(text: str) -> bool:
 
 
 def text_or_none(path: str) -> str | None:
-    return read(path) if os.path.exists(path) else None
+    return read_text(path) if os.path.exists(path) else None
 
 
 def collect(params: dict[str, Any]) -> dict[str, Any]:
@@ -467,7 +461,7 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
         "modules_extra_package": extra,
         "modules_extra_candidate": policy.get(extra, Policy()).candidate,
         "modules": loaded_modules(params["modules"]),
-        "loaded": parse_loaded(read("/proc/driver/nvidia/version")),
+        "loaded": parse_loaded(read_text("/proc/driver/nvidia/version")),
         "installed": {
             **present,
             **{name: packages.installed[name] for name in names if name in packages.installed},
@@ -490,7 +484,7 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
             "containers": containers_job.result(),
         },
         "nvcc_profile": text_or_none(params["profile_path"]),
-        "unattended": blocks_upgrades(read(params["unattended_path"])),
+        "unattended": blocks_upgrades(read_text(params["unattended_path"])),
         "disk_free": disk_free(),
     }
 

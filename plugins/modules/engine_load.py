@@ -38,7 +38,7 @@ idle: {description: Whether it has none., type: bool, returned: always}
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.glm.fleet.plugins.module_utils.metrics import load
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.metrics import load
 
 INTERVAL = 0.2  # seconds between two looks
 

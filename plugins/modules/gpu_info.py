@@ -55,7 +55,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.glm.fleet.plugins.module_utils.processes import parse_container_id
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_text
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.processes import parse_container_id
 
 NVIDIA_VENDOR = "0x10de"
 PCI_CLASSES_OF_GPUS = ("0x0300", "0x0302")  # VGA and 3D controllers; NVSwitches are 0x0680
@@ -339,13 +340,6 @@ def run(command: list[str], timeout: int) -> Output:
     return Output(done.returncode, done.stdout.decode("utf-8", "replace"))
 
 
-def read(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
 def library_on_disk(directories: tuple[str, ...] = LIBRARY_DIRECTORIES) -> str | None:
     """The version in the name of the file that libnvidia-ml.so.1 points at."""
     for directory in directories:
@@ -360,7 +354,8 @@ def gpus_on_pci(root: str = "/sys/bus/pci/devices") -> list[str]:
     return sorted(
         device.name
         for device in Path(root).glob("*")
-        if read(device / "vendor").strip() == NVIDIA_VENDOR and read(device / "class").startswith(PCI_CLASSES_OF_GPUS)
+        if read_text(device / "vendor").strip() == NVIDIA_VENDOR
+        and read_text(device / "class").startswith(PCI_CLASSES_OF_GPUS)
     )
 
 
@@ -375,9 +370,9 @@ def kernel_log(timeout: int) -> KernelLog:
 
 def name_containers(processes: list[Process], own_containers: list[str], timeout: int) -> None:
     """Fills in which container a process belongs to. Docker is asked only if one does."""
-    of_the_node = read("/proc/1/cgroup")
+    of_the_node = read_text("/proc/1/cgroup")
     for process in processes:
-        process.container_id = parse_container_id(read(f"/proc/{process.pid}/cgroup"), of_the_node)
+        process.container_id = parse_container_id(read_text(f"/proc/{process.pid}/cgroup"), of_the_node)
     if not any(process.container_id for process in processes):
         return
     listing = run(["docker", "ps", "--no-trunc", "--format", "{{.ID}} {{.Names}}"], timeout)
@@ -401,7 +396,7 @@ def collect(own_containers: list[str], timeout: int) -> Report:
             query = parse_query(smi.text)
     name_containers(query.processes, own_containers, timeout)
     return Report(
-        driver=build_driver(read("/proc/driver/nvidia/version"), smi, query, library_on_disk()),
+        driver=build_driver(read_text("/proc/driver/nvidia/version"), smi, query, library_on_disk()),
         gpus=query.gpus,
         processes=query.processes,
         links=parse_topology(topology.text) if topology.code == 0 else [],

@@ -125,8 +125,9 @@ from typing import Any, Callable, TypedDict
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.facts.system.distribution import DistributionFactCollector
-from ansible_collections.glm.fleet.plugins.module_utils.docker_socket import docker_get, docker_runs
-from ansible_collections.glm.fleet.plugins.module_utils.processes import open_files, parse_container_id
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.docker import docker_get, docker_runs
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_text
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.processes import open_files, parse_container_id
 
 CDI_DIRECTORIES = ("/etc/cdi", "/var/run/cdi")
 LISTEN = "0A"
@@ -188,13 +189,6 @@ class Model(TypedDict):
     partial_bytes: int
 
 
-def read(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
 def read_json(path: str | Path) -> dict[str, Any] | None:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -248,10 +242,10 @@ def open_files_limit() -> int | None:
 
     systemd's DefaultLimitNOFILE is what they get unasked, and no bound: it, and Docker, lift it up to this one.
     """
-    if may_raise_limits(read("/proc/1/status")):
-        most = read("/proc/sys/fs/nr_open").strip()
+    if may_raise_limits(read_text("/proc/1/status")):
+        most = read_text("/proc/sys/fs/nr_open").strip()
         return int(most) if most.isdigit() else None
-    return parse_open_files(read("/proc/1/limits"))
+    return parse_open_files(read_text("/proc/1/limits"))
 
 
 def shm_bytes() -> int:
@@ -338,10 +332,13 @@ def socket_owners(inodes: set[str]) -> dict[str, int]:
 
 def ports(wanted: list[int], container_names: dict[str, str]) -> dict[str, Port]:
     listeners = [
-        entry for kind in ("tcp", "tcp6") for entry in parse_listeners(read(f"/proc/net/{kind}")) if entry[0] in wanted
+        entry
+        for kind in ("tcp", "tcp6")
+        for entry in parse_listeners(read_text(f"/proc/net/{kind}"))
+        if entry[0] in wanted
     ]
     owners = socket_owners({inode for _, _, inode in listeners})
-    of_the_node = read("/proc/1/cgroup")
+    of_the_node = read_text("/proc/1/cgroup")
     answer: dict[str, Port] = {}
     for number in wanted:
         port: Port = {
@@ -351,8 +348,8 @@ def ports(wanted: list[int], container_names: dict[str, str]) -> dict[str, Port]
             port["listening"], port["address"] = True, address
             pid = owners.get(inode)
             if pid is not None:
-                cgroup = read(f"/proc/{pid}/cgroup")
-                port["pid"], port["process"] = pid, read(f"/proc/{pid}/comm").strip() or None
+                cgroup = read_text(f"/proc/{pid}/cgroup")
+                port["pid"], port["process"] = pid, read_text(f"/proc/{pid}/comm").strip() or None
                 port["unit"] = parse_unit(cgroup)
                 port["container"] = container_names.get(parse_container_id(cgroup, of_the_node) or "")
                 break
@@ -488,7 +485,7 @@ def cdi() -> dict[str, list[str]]:
     files = [
         path for base in CDI_DIRECTORIES for path in sorted(Path(base).glob("*")) if path.suffix in (".yaml", ".json")
     ]
-    devices = sorted({device for path in files for device in parse_cdi(read(path))})
+    devices = sorted({device for path in files for device in parse_cdi(read_text(path))})
     return {"devices": devices, "spec_files": [str(path) for path in files]}
 
 
@@ -602,8 +599,8 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
         return {
             "arch": platform.machine(),
             "kernel": platform.release(),
-            "boot_id": read("/proc/sys/kernel/random/boot_id").strip(),
-            "memory_bytes": parse_memory(read("/proc/meminfo")),
+            "boot_id": read_text("/proc/sys/kernel/random/boot_id").strip(),
+            "memory_bytes": parse_memory(read_text("/proc/meminfo")),
             "shm_bytes": shm_bytes(),
             "nofile_limit": open_files_limit(),
             "disks": {path: disk(path) for path in [*params["paths"], (info or {}).get("DockerRootDir")] if path},

@@ -49,19 +49,10 @@ import time
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_json
 
 PHASES = ["draining", "stopping", "starting", "verifying", "serving", "rolling_back", "failed"]
 COMPARED = ("phase", "release", "previous", "reason")
-
-
-def read_state(path: str) -> dict[str, Any]:
-    """The state, empty where the file is absent or damaged: it is written anew then."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            state = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return state if isinstance(state, dict) else {}
 
 
 def next_state(now: dict[str, Any], wanted: dict[str, Any], since: str) -> dict[str, Any]:
@@ -114,7 +105,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     path: str = module.params["path"]
-    now = read_state(path)
+    now = read_json(path)  # of a damaged state it is written anew
     state = next_state(now, module.params, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     if state != now and not module.check_mode:
         try:

@@ -39,26 +39,17 @@ status:
   returned: always
 """
 
-import json
 import os
 import re
 import subprocess
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.glm.fleet.plugins.module_utils.haproxy import SOCKET, HAProxy, Unavailable
-from ansible_collections.glm.fleet.plugins.module_utils.metrics import load
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_json
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.haproxy import SOCKET, HAProxy, Unavailable
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.metrics import load
 
 UNIT = "glm-engine.service"
-
-
-def read_json(path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def driver(path: str = "/proc/driver/nvidia/version") -> str | None:

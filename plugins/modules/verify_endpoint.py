@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.glm.fleet.plugins.module_utils.endpoint import Server, Wrong, need, shorten
-from ansible_collections.glm.fleet.plugins.module_utils.metrics import samples
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.endpoint import Server, Wrong, need, shorten
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.metrics import samples
 
 DOCUMENTATION = r"""
 module: verify_endpoint

@@ -62,7 +62,12 @@ class Node:
         self.stage, self.book, self.name = stage, book, name
         self.home = Path("/tmp/glm") / name
         self.home.mkdir(parents=True, exist_ok=True)
-        self.environment = {**os.environ, "CONTAINERS": str(self.home), "PATH": f"{HERE}/bin:{os.environ['PATH']}"}
+        self.environment = {
+            **os.environ,
+            "CONTAINERS": str(self.home),
+            "PATH": f"{HERE}/bin:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT / "plugins/module_utils"),  # glm_node
+        }
         self.label = ""
         self.process: subprocess.Popen[bytes] | None = None
         self.last_line = ""

@@ -1,4 +1,4 @@
-"""The hub of the tests, as the real `hf` client sees it. Both run in the light engine's image."""
+"""The hub of the tests, as the real `hf` and the nodes' hub-download see it. All run in the light engine's image."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-HUB = Path(__file__).resolve().parents[2] / "molecule/shared/hub"
+ROOT = Path(__file__).resolve().parents[2]
+HUB = ROOT / "molecule/shared/hub"
+PROGRAM = ROOT / "roles/model_weights/files/hub-download"
 IMAGE = "vllm/vllm-openai:light"
 REPO = "zai-org/GLM-5.2-FP8"
 FIRST, SECOND = "1" * 40, "2" * 40
@@ -31,6 +34,7 @@ class Client:
             (folder / "model" / name).write_bytes(content)
         self.name = docker(
             "run", "-d", "--rm", "--network", "none", "-v", f"{HUB}:/hub:ro", "-v", f"{folder}:/t",
+            "-v", f"{PROGRAM}:/run/hub-download:ro",
             "-e", "HF_ENDPOINT=http://127.0.0.1:8081", "-e", "HF_HUB_DISABLE_TELEMETRY=1",
             "-e", "HF_HUB_DOWNLOAD_TIMEOUT=3",
             "--entrypoint", "python3", IMAGE, "/hub/hub.py", "/t/model", "--faults", "/t/faults.json",
@@ -39,6 +43,12 @@ class Client:
     def hf(self, revision: str = FIRST, repo: str = REPO, limit: int = 40) -> subprocess.CompletedProcess[str]:
         command = ["timeout", str(limit), "hf", "download", repo, "--revision", revision, "--local-dir", "/t/out"]
         return subprocess.run(["docker", "exec", self.name, *command], capture_output=True, text=True, check=False)
+
+    def download(self, *files: str, revision: str = FIRST) -> dict[str, Any]:
+        """What hub-download says of its end."""
+        command = ["docker", "exec", self.name, "python3", "/run/hub-download", REPO, revision, "/t/out", *files]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=40)
+        return dict(json.loads(done.stdout)) if done.returncode else {}
 
     def faults(self, **faults: object) -> None:
         (self.folder / "faults.json").write_text(json.dumps(faults))
@@ -86,6 +96,18 @@ def test_what_is_not_there(client: Client) -> None:
     assert (revision.returncode, repo.returncode) != (0, 0)
     assert "Revision" in revision.stderr + revision.stdout
     assert "not found" in repo.stderr + repo.stdout
+
+
+def test_files_by_name(client: Client) -> None:
+    assert client.download(*SHARDS) == {}
+    assert all(client.got(name) == content for name, content in SHARDS.items())
+
+
+@pytest.mark.parametrize(("status", "after"), [(401, 0), (403, 0), (404, 0), (429, 2), (503, 2)])
+def test_files_that_are_refused(client: Client, status: int, after: int) -> None:
+    client.faults(file=status)
+    end = client.download("README.md", *SHARDS)
+    assert (end["error"], end["status"], end["file"], end["retry_after"]) == ("http", status, "README.md", after)
 
 
 @pytest.mark.parametrize("status", [401, 503])

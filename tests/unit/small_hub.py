@@ -1,14 +1,16 @@
-"""A hub with one small model on localhost, and a `docker` that downloads from it: for the tests of the weights."""
+"""A hub with one small model on localhost, and a `docker` whose image is this Python: for the tests of the weights."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import threading
+import time
 import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -32,7 +34,7 @@ def git_sha1(content: bytes) -> str:
 
 
 class SmallHub(ThreadingHTTPServer):
-    """The calls of a hub that the module and `hf download` make; `faults` and `served` make it misbehave."""
+    """The calls of a hub that the module and huggingface_hub make; `faults` and `served` make it misbehave."""
 
     daemon_threads = True
 
@@ -47,6 +49,10 @@ class SmallHub(ThreadingHTTPServer):
         self.served: dict[str, bytes] = {}
         # Part of a path -> status, headers, and how often.
         self.faults: dict[str, tuple[int, dict[str, str], int]] = {}
+        # Seconds between the first bytes of a file and the others.
+        self.pause = 0.0
+        # What the head of a file gives as its size, where that is not true.
+        self.sizes: dict[str, int] = {}
         self.downloads: Counter[str] = Counter()
         self.authorizations: list[str] = []
 
@@ -74,7 +80,13 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command == "HEAD":
+            return
+        if self.server.pause and len(body) > 1000:
+            self.wfile.write(body[:100])
+            time.sleep(self.server.pause)
+            body = body[100:]
+        with suppress(BrokenPipeError, ConnectionResetError):
             self.wfile.write(body)
 
     def do_HEAD(self) -> None:
@@ -119,7 +131,10 @@ class Handler(BaseHTTPRequestHandler):
         etag = hashlib.sha256(files[path]).hexdigest() if path.endswith(".safetensors") else git_sha1(files[path])
         if self.command == "GET" and self.headers["User-Agent"] != "glm-fleet":  # that asks for the manifest
             self.server.downloads[path] += 1
-        return self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": revision})
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": revision}
+        if path in self.server.sizes:
+            headers["X-Linked-Size"] = str(self.server.sizes[path])
+        return self.answer(200, content, headers)
 
 
 @contextmanager
@@ -132,9 +147,12 @@ def small_hub() -> Iterator[SmallHub]:
         thread.join()
 
 
-# `docker run --entrypoint hf IMAGE download ...` and `docker rm`. With HF_CLIENT set the real client runs.
-DOCKER = r"""#!/usr/bin/env python3
-import atexit, json, os, pathlib, shutil, subprocess, sys, time, urllib.error, urllib.request, uuid
+# `docker run --entrypoint python3 IMAGE PROGRAM ...`, with this Python and its huggingface_hub, and `docker rm`.
+DOCKER = (
+    rf"""#!{sys.executable}
+"""
+    + r"""
+import json, os, pathlib, sys
 
 args = sys.argv[1:]
 with open(os.environ["DOCKER_LOG"], "a") as log:
@@ -142,48 +160,24 @@ with open(os.environ["DOCKER_LOG"], "a") as log:
 pid = pathlib.Path(os.environ["DOCKER_LOG"] + ".pid")
 if args[0] == "rm":
     command = pathlib.Path("/proc", pid.read_text(), "cmdline") if pid.exists() else pid
-    if command.exists() and "download" in command.read_text():
+    if command.exists() and "hub-download" in command.read_text():
         os.kill(int(pid.read_text()), 9)
     sys.exit(0)
+if os.environ.get("DOCKER_SAYS"):
+    code, _, lines = os.environ["DOCKER_SAYS"].partition(" ")
+    print(lines, file=sys.stderr)
+    sys.exit(int(code))
 pid.write_text(str(os.getpid()))
-atexit.register(pid.unlink)
-environment, root, token = {}, "", ""
+environment, mounted = {}, {}
 while args[0] != "--entrypoint":
     option = args.pop(0)
     if option == "--env":
         name, _, environment[name] = args[0].partition("=")
     if option == "--volume":
         source, target = args[0].split(":")[:2]
-        root, token = (source, token) if target == "/weights" else (root, source)
-if os.environ.get("DOCKER_SAYS"):
-    code, _, line = os.environ["DOCKER_SAYS"].partition(" ")
-    print(line, file=sys.stderr)
-    sys.exit(int(code))
-_, entrypoint, image, command, repo, *rest = args
-split = rest.index("--revision")
-files, revision = rest[:split], rest[split + 1]
-if client := os.environ.get("HF_CLIENT"):
-    environment["HF_HOME"] = root + "/../hf-home"
-    if token:
-        environment["HF_TOKEN_PATH"] = token
-    argv = [client, command, repo, *files, "--revision", revision, "--local-dir", root]
-    os.execve(client, argv, {**os.environ, **environment})
-for name in files:
-    request = urllib.request.Request(f"{environment['HF_ENDPOINT']}/{repo}/resolve/{revision}/{name}")
-    if token:
-        request.add_header("Authorization", "Bearer " + open(token).read().strip())
-    place = pathlib.Path(root, name)
-    temporary = pathlib.Path(root, ".cache/huggingface/download", f"{name[:3]}.etag.{uuid.uuid4().hex[:8]}.incomplete")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with urllib.request.urlopen(request) as answer, temporary.open("wb") as out:
-            out.write(answer.read(100))
-            out.flush()
-            time.sleep(float(os.environ.get("DOCKER_SLOW", 0)))
-            shutil.copyfileobj(answer, out)
-    except OSError as exc:
-        print(f"Error: Local entry not found. {exc}", file=sys.stderr)
-        sys.exit(1)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary.replace(place)
+        mounted[target] = source
+environment = {name: mounted.get(value, value) for name, value in environment.items()}
+argv = [sys.executable, *(mounted.get(word, word) for word in args[3:])]
+os.execve(sys.executable, argv, {**os.environ, **environment, "HF_HOME": os.environ["DOCKER_LOG"] + ".hf"})
 """
+)

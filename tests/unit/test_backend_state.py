@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ansible_collections.glm.fleet.plugins.module_utils.haproxy import HAProxy, Unavailable
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.haproxy import HAProxy, Unavailable
 from test_haproxy_template import KEY, Edge, wait_until
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -141,7 +140,7 @@ def plan(tmp_path: Path, script: str) -> dict[str, Any]:
 
 def test_a_run_leaves_its_record(program: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(program, "notify", said.append)
+    monkeypatch.setattr(program, "status", said.append)
     path = program.benchmark(plan(tmp_path, BARS + 'printf \'{"completed": 4, "seed": %s}\' "$1" >"$2"'))
     record = json.loads(path.read_text(encoding="utf-8"))
     assert record["raw"] == {"completed": 4, "seed": record["workload"]["seed"]}
@@ -210,15 +209,6 @@ def test_a_stop_ends_the_client_too(program: ModuleType, tmp_path: Path) -> None
         os.kill(client, 0)
 
 
-def test_status_goes_to_systemd(program: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    address = str(tmp_path / "notify")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-        systemd.bind(address)
-        monkeypatch.setenv("NOTIFY_SOCKET", address)
-        program.notify("3 of 4")
-        assert systemd.recv(100) == b"STATUS=3 of 4"
-
-
 def test_an_error_is_marked_for_the_journal(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(plan(tmp_path, "true")), encoding="utf-8")
     docker = tmp_path / "docker"
@@ -226,7 +216,7 @@ def test_an_error_is_marked_for_the_journal(tmp_path: Path) -> None:
     docker.chmod(0o755)
     done = subprocess.run(
         [sys.executable, str(PROGRAM), str(tmp_path / "plan.json")],
-        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         check=False,

@@ -129,6 +129,7 @@ class Node:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={
+                **os.environ,
                 "PATH": f"{self.directory}/bin:{os.environ['PATH']}",
                 "HERE": str(self.directory),
                 "NOTIFY_SOCKET": str(self.directory / "notify"),
@@ -274,7 +275,7 @@ def test_an_engine_that_answers_nothing_has_failed_to_start(node: Node) -> None:
         "glm: error: the engine is healthy, and there was no answer to a request for 3 s: "
         "see journalctl -u glm-engine, or raise inference_service_warm_up_timeout"
     ]
-    assert "engine-launch: warming up: a short prompt: 3.0 s, timed out" in output
+    assert "engine-launch: warming up: a short prompt: 3.0 s, no answer from /v1/chat/completions within 3 s" in output
     assert "READY=1" not in node.notified()
 
 

@@ -249,8 +249,8 @@ class Edge:
 
     def admin(self, command: str) -> str:
         try:
-            return str(RELOAD.ask(command, str(self.directory / "haproxy/admin.sock")))
-        except OSError:
+            return str(RELOAD.HAProxy(str(self.directory / "haproxy/admin.sock")).ask(command))
+        except RELOAD.Unavailable:
             return ""
 
     def reload(self, **options: Any) -> str | None:

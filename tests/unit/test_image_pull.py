@@ -147,12 +147,12 @@ def test_progress_tells_bytes_rate_and_time() -> None:
         "0 B of 4.0 GB",
         "0 B of 4.0 GB",
         "0 B of 4.0 GB",
-        "500 MB of 4.0 GB, 167 MB/s, ETA 21 s",
-        "1.0 GB of 4.0 GB, 250 MB/s, ETA 12 s",
-        "2.0 GB of 4.0 GB, 400 MB/s, ETA 5 s",
+        "500.0 MB of 4.0 GB, 166.7 MB/s, ETA 21 s",
+        "1.0 GB of 4.0 GB, 250.0 MB/s, ETA 12 s",
+        "2.0 GB of 4.0 GB, 400.0 MB/s, ETA 5 s",
         "unpacking, 0 B of 4.0 GB",
-        "unpacking, 700 MB of 4.0 GB",
-        "unpacking, 700 MB of 4.0 GB",
+        "unpacking, 700.0 MB of 4.0 GB",
+        "unpacking, 700.0 MB of 4.0 GB",
         "unpacking, 1.0 GB of 4.0 GB",
     ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from ansible_collections.glm.fleet.plugins.module_utils import metrics
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node import metrics
 
 TEXT = """\
 # HELP requests In flight.

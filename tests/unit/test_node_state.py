@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_json
 from ansible_collections.glm.fleet.plugins.modules import node_state
 
 WANTED = {"failure": {}, "phase": "serving", "release": "a", "previous": "", "rollout_id": "1", "reason": ""}
@@ -37,7 +38,7 @@ def test_written_whole_and_read_again(tmp_path: Path) -> None:
     path = tmp_path / "new" / "state.json"
     state = node_state.next_state({}, WANTED, "now")
     node_state.write_state(str(path), state)
-    assert node_state.read_state(str(path)) == state == json.loads(path.read_text())
+    assert read_json(str(path)) == state == json.loads(path.read_text())
     assert [file.name for file in path.parent.iterdir()] == ["state.json"]
     path.write_text("{")
-    assert node_state.read_state(str(path)) == {}
+    assert read_json(str(path)) == {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ansible_collections.glm.fleet.plugins.module_utils.processes import parse_container_id
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.processes import parse_container_id
 
 
 def test_container_of_a_process() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.glm.fleet.plugins.module_utils import endpoint
-from ansible_collections.glm.fleet.plugins.module_utils.endpoint import Wrong
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node import endpoint
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.endpoint import Wrong
 from ansible_collections.glm.fleet.plugins.modules import verify_endpoint
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,12 +26,12 @@ SECOND = "2" * 40
 THIRD = "3" * 40
 
 
-def load() -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader("weights_fetch", str(PROGRAM))
-    spec = importlib.util.spec_from_loader("weights_fetch", loader)
+def load(name: str = "weights-fetch") -> ModuleType:
+    loader = importlib.machinery.SourceFileLoader(name, str(PROGRAM.with_name(name)))
+    spec = importlib.util.spec_from_loader(name, loader)
     assert spec
     module = importlib.util.module_from_spec(spec)
-    sys.modules["weights_fetch"] = module
+    sys.modules[name] = module
     loader.exec_module(module)
     return module
 
@@ -150,8 +150,11 @@ def test_the_command_line_is_the_documented_one(node: Node) -> None:
     assert f"--env HF_ENDPOINT={node.hub.endpoint}" in line
     assert "--env HF_XET_HIGH_PERFORMANCE=1" in line
     assert "--env HTTPS_PROXY=http://proxy" in line
-    assert f"--entrypoint hf vllm/vllm-openai@sha256:{'a' * 64} download {REPO}" in line
-    assert argv[-4:] == ["--revision", REVISION, "--local-dir", "/weights"]
+    assert f"--volume {PROGRAM.parent}/hub-download:/run/hub-download:ro" in line
+    image = f"vllm/vllm-openai@sha256:{'a' * 64}"
+    assert f"--entrypoint python3 {image} /run/hub-download {REPO} {REVISION} /weights " in line
+    assert sorted(argv[-6:]) == sorted(model())
+    assert set(node.hub.authorizations) == {f"Bearer {TOKEN}"}
     assert TOKEN not in node.docker_log.read_text()
 
 
@@ -164,7 +167,7 @@ def test_a_complete_revision_is_checked_without_the_hub(node: Node) -> None:
 
 
 def test_resume_downloads_only_what_is_missing(node: Node) -> None:
-    node.environment["DOCKER_SLOW"] = "0.7"
+    node.hub.pause = 5
     process = node.start()
     deadline = time.monotonic() + 20
     partial = node.models / f"{REVISION}.partial"
@@ -179,7 +182,7 @@ def test_resume_downloads_only_what_is_missing(node: Node) -> None:
     there = {path.name for path in partial.iterdir() if path.is_file()}
     assert there
     before = dict(node.hub.downloads)
-    node.environment["DOCKER_SLOW"] = "0"
+    node.hub.pause = 0
     node.ok()
     assert all(node.hub.downloads[name] == before[name] for name in there)
 
@@ -362,7 +365,7 @@ def test_a_hub_that_asks_to_wait_for_long(node: Node) -> None:
 
 
 def test_a_client_that_hangs_is_ended(node: Node) -> None:
-    node.environment["DOCKER_SLOW"] = "2.5"
+    node.hub.pause = 2.5
     assert "no byte arrived for 1 s" in node.error(stall_timeout=1)
 
 
@@ -374,19 +377,42 @@ def test_unreachable_hub(node: Node) -> None:
 @pytest.mark.parametrize(
     ("says", "expected"),
     [
-        ("125 docker: Error response from daemon: No such image: vllm", "is not on this node"),
-        ('127 docker: OCI runtime create failed: exec: "hf": not found', "has no `hf` client"),
-        ("1 OSError: [Errno 28] No space left on device", "no space left"),
         (
-            "1 OSError: Consistency check failed: file should be of size 9 but has size 7 (x)",
-            "of size 9 but has size 7",
+            "125 docker: Error response from daemon: No such image: vllm\n\nRun 'docker run --help' for more of it",
+            "is not on this node",
         ),
+        ('127 docker: OCI runtime create failed: exec: "python3": not found', "has no huggingface_hub"),
+        ('1 {"error": "no client", "text": "No module named"}', "has no huggingface_hub"),
+        ('1 {"error": "disk full", "text": "OSError: [Errno 28] No space left on device"}', "no space left while"),
         ("137 Killed", "Killed"),
+        ("137 ", "hub-download ended with exit code 137"),
     ],
 )
-def test_what_the_client_says_becomes_one_line(node: Node, says: str, expected: str) -> None:
+def test_an_end_of_the_client_becomes_one_line(node: Node, says: str, expected: str) -> None:
     node.environment["DOCKER_SAYS"] = says
     assert expected in node.error()
+
+
+def test_a_body_that_is_shorter_than_its_head_said(node: Node) -> None:
+    node.hub.sizes["README.md"] = 9
+    message = node.error(attempts=5)
+    assert "first README.md: OSError: Consistency check failed: file should be of size 9 but has size 6" in message
+    assert len(node.docker_runs()) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (OSError(28, "No space left on device"), "disk full", "OSError: [Errno 28] No space left on device"),
+        (RuntimeError("Xet: No space left on device (os error 28)"), "disk full", "RuntimeError: Xet: "),
+        (PermissionError(13, "Permission denied"), "other", "PermissionError: [Errno 13] Permission denied"),
+        (ValueError("too large\nmore"), "other", "ValueError: too large"),
+    ],
+)
+def test_errors_without_an_answer_of_the_hub(error: Exception, kind: str, text: str) -> None:
+    explained = load("hub-download").explain(error)
+    assert explained["error"] == kind
+    assert explained["text"].startswith(text) and "\n" not in explained["text"]
 
 
 def test_a_full_disk_is_told_before_the_download(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,7 +446,8 @@ def test_progress_goes_to_systemd(node: Node) -> None:
     address = str(node.path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(address)
-        node.environment.update(NOTIFY_SOCKET=address, DOCKER_SLOW="0.6")
+        node.environment["NOTIFY_SOCKET"] = address
+        node.hub.pause = 2.5
         node.ok()
         sock.settimeout(0)
         said = []
@@ -431,13 +458,3 @@ def test_progress_goes_to_systemd(node: Node) -> None:
                 break
     assert any(line.startswith("STATUS=downloading ") and "of 600." in line for line in said)
     assert said[-1].startswith("STATUS=complete: 6 files")
-
-
-def test_the_meter_tells_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = load()
-    said: list[str] = []
-    monkeypatch.setattr(module, "notify", said.append)
-    meter = module.Meter("downloading", 755_600_000_000)
-    for second in range(0, 61, 2):
-        meter.report(second * 512_000_000, "3 of 152 files", now=100.0 + second)
-    assert said[-1] == "downloading 30.7 GB of 755.6 GB, 512.0 MB/s, ETA 24 min, 3 of 152 files"

@@ -9,6 +9,7 @@ import gc
 import importlib.machinery
 import importlib.util
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from packaging.version import Version
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.append(str(ROOT / "plugins/module_utils"))  # glm_node, which engine-launch imports
 EXTRA = yaml.safe_load((HERE / "beliefs.yml").read_text())
 ENGINES = ("vllm", "sglang")
 

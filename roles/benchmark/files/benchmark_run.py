@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/python3 -B
 """Runs the engine's benchmark client inside the serving container.
 
     benchmark-run PLAN
@@ -10,21 +10,21 @@ the client's own words to the journal.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib/benchmark"))
+from glm_node.files import lines
+from glm_node.systemd import status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from types import FrameType
 
 # Inside the container.
@@ -36,29 +36,6 @@ BAR = re.compile(r"(\d+)/(\d+) \[")
 
 class BenchmarkError(Exception):
     """One line for the user."""
-
-
-def notify(status: str) -> None:
-    """Puts a line into `systemctl status`; does nothing outside of systemd."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
-        sock.sendto(f"STATUS={status}".encode(), address)
-
-
-def lines(stream: IO[bytes]) -> Iterator[str]:
-    """Lines as they come: a progress bar ends each of its states with a carriage return."""
-    pending = b""
-    while True:
-        chunk = os.read(stream.fileno(), 4096)
-        if not chunk:
-            break
-        *complete, pending = re.split(rb"[\r\n]", pending + chunk)
-        yield from (line.decode(errors="replace") for line in complete)
-    yield pending.decode(errors="replace")
 
 
 def progress(line: str, workload: dict[str, Any]) -> str | None:
@@ -95,9 +72,9 @@ def run_client(plan: dict[str, Any], seed: int) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as client:
         assert client.stdout is not None  # noqa: S101  (it is a pipe: see above)
         for line in lines(client.stdout):
-            status = progress(line, workload)
-            if status is not None:
-                notify(status)
+            state = progress(line, workload)
+            if state is not None:
+                status(state)
             elif line.strip():
                 print(line, flush=True)
                 said = [*said[-9:], line.strip()]
@@ -153,7 +130,7 @@ def benchmark(plan: dict[str, Any]) -> Path:
     # Another seed on each run: the same prompts again would come from the prefix cache.
     seed = int(time.time())
     started = utc_now()
-    notify(f"benchmark {plan['workload']['name']}: starting the client")
+    status(f"benchmark {plan['workload']['name']}: starting the client")
     run_client(plan, seed)
     record = {
         "client": plan["client"],

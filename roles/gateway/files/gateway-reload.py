@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/python3 -B
 """Reload HAProxy: keep the servers' state, then wait until the new worker serves.
 
 Called by haproxy.service with the master's process id, or with --save to keep the
@@ -12,34 +12,25 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import time
+from pathlib import Path
 
-ADMIN_SOCKET = "/run/haproxy/admin.sock"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib/gateway"))
+from glm_node.haproxy import SOCKET, HAProxy, Unavailable
+
 STATE_FILE = "/var/lib/haproxy/server-state"
 CONFIG = "/etc/haproxy/haproxy.cfg"
 LOADED = "/run/haproxy/loaded.cfg"
 TIMEOUT = 15.0
 
 
-def ask(command: str, path: str) -> str:
-    """The answer of HAProxy's runtime interface."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(5)
-        connection.connect(path)
-        connection.sendall(command.encode() + b"\n")
-        parts = []
-        while part := connection.recv(65536):
-            parts.append(part)
-    return b"".join(parts).decode()
-
-
 def worker(path: str) -> "str | None":
     """The process id of the worker that answers now."""
     try:
-        lines = ask("show info", path).splitlines()
-    except OSError:
+        # Short, so that several tries fit into the time of a reload.
+        lines = HAProxy(path, timeout=TIMEOUT / 5).ask("show info").splitlines()
+    except Unavailable:
         return None
     return next((line.split()[1] for line in lines if line.startswith("Pid:")), None)
 
@@ -64,7 +55,7 @@ def state_for(state: str, config: str) -> str:
 
 def save_state(path: str, file: str, config: str) -> None:
     with open(config, encoding="utf-8") as text:
-        state = state_for(ask("show servers state", path), text.read())
+        state = state_for(HAProxy(path).ask("show servers state"), text.read())
     with open(f"{file}.new", "w", encoding="utf-8") as new:
         new.write(state)
     os.replace(f"{file}.new", file)
@@ -87,13 +78,13 @@ def reload(master: int, path: str, file: str, config: str, timeout: float = TIME
 def main() -> int:
     try:
         if sys.argv[1] == "--save":
-            save_state(ADMIN_SOCKET, STATE_FILE, CONFIG)
+            save_state(SOCKET, STATE_FILE, CONFIG)
             return 0
         shutil.copyfile(CONFIG, f"{LOADED}.new")
-        problem = reload(int(sys.argv[1]), ADMIN_SOCKET, STATE_FILE, CONFIG)
+        problem = reload(int(sys.argv[1]), SOCKET, STATE_FILE, CONFIG)
         if not problem:
             os.replace(f"{LOADED}.new", LOADED)
-    except OSError as error:
+    except (OSError, Unavailable) as error:
         problem = f"HAProxy was not reloaded: {error}"
     if problem:
         print(f"glm: error: {problem}", file=sys.stderr)

@@ -19,13 +19,13 @@ class Unavailable(Exception):
 class HAProxy:
     """One HAProxy, by its socket."""
 
-    def __init__(self, path: str = SOCKET, backend: str = BACKEND) -> None:
-        self.path, self.backend = path, backend
+    def __init__(self, path: str = SOCKET, backend: str = BACKEND, timeout: float = 10) -> None:
+        self.path, self.backend, self.timeout = path, backend, timeout
 
     def ask(self, command: str) -> str:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-                connection.settimeout(10)
+                connection.settimeout(self.timeout)
                 connection.connect(self.path)
                 connection.sendall(command.encode() + b"\n")
                 parts = []

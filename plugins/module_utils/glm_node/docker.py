@@ -1,4 +1,4 @@
-"""Reads of Docker's API, over its socket: the command would be a process for each."""
+"""Docker's API, over its socket: the command would be a process for each read."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ SOCKET = "/var/run/docker.sock"
 TIMEOUT = 20  # seconds
 
 
-class _Connection(http.client.HTTPConnection):
-    def __init__(self) -> None:
-        super().__init__("localhost", timeout=TIMEOUT)
+class Connection(http.client.HTTPConnection):
+    """HTTP on Docker's socket."""
+
+    def __init__(self, path: str, timeout: float | None = TIMEOUT) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self.path = path
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
-        self.sock.connect(SOCKET)
+        self.sock.connect(self.path)
 
 
 def docker_runs() -> bool:
@@ -35,9 +38,9 @@ def _is_dockerd(comm: Path) -> bool:
         return False
 
 
-def docker_get(path: str) -> Any:
-    """The decoded answer of the Docker API, or None."""
-    connection = _Connection()
+def docker_get(path: str, at: str = "") -> Any:
+    """The decoded answer of the Docker API at a socket, or None."""
+    connection = Connection(at or SOCKET)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()

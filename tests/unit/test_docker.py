@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.glm.fleet.plugins.module_utils import docker_socket
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node import docker
 
 ANSWERS = {"/info": (200, b'{"ServerVersion": "28.0"}'), "/broken": (200, b"{"), "/absent": (404, b'{"message": "no"}')}
 
@@ -30,7 +30,7 @@ class Answers(BaseHTTPRequestHandler):
 @pytest.fixture
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     path = str(tmp_path / "docker.sock")
-    monkeypatch.setattr(docker_socket, "SOCKET", path)
+    monkeypatch.setattr(docker, "SOCKET", path)
     with socketserver.ThreadingUnixStreamServer(path, Answers) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield
@@ -41,10 +41,10 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("path", "wanted"), [("/info", {"ServerVersion": "28.0"}), ("/broken", None), ("/absent", None)]
 )
 def test_only_a_whole_answer_counts(engine: None, path: str, wanted: Any) -> None:
-    assert docker_socket.docker_get(path) == wanted
+    assert docker.docker_get(path) == wanted
 
 
 def test_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(docker_socket, "SOCKET", str(tmp_path / "docker.sock"))
-    assert docker_socket.docker_get("/info") is None
-    assert docker_socket.docker_runs() is False
+    monkeypatch.setattr(docker, "SOCKET", str(tmp_path / "docker.sock"))
+    assert docker.docker_get("/info") is None
+    assert docker.docker_runs() is False

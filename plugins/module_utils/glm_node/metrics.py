@@ -6,15 +6,13 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ansible_collections.glm.fleet.plugins.module_utils.endpoint import Server, Wrong, need
+from .endpoint import Server, Wrong, need
 
 
 def series(text: str) -> Iterator[tuple[str, str, float]]:
     """Name, labels and value of each sample."""
-    for line in text.splitlines():
-        if line and not line.startswith("#"):
-            name, labels, rest = re.fullmatch(r"([^\s{]*)(\{.*\})?(.*)", line).groups("")  # type: ignore[union-attr]
-            yield name, labels, float(rest.split()[0])
+    for name, labels, value in re.findall(r"^([^\s{#]+)(\{.*\})?[ \t]+(\S+)", text, re.MULTILINE):
+        yield name, labels, float(value)
 
 
 def samples(text: str) -> dict[str, float]:
@@ -41,7 +39,7 @@ def load(url: str, running: str, waiting: str, timeout: float = 10) -> dict[str,
     try:
         answer = Server(url, timeout).request("GET", "/metrics")
         need(answer, 200)
-    except Wrong:
+        text = answer.body.decode(errors="replace")
+        return {"running": int(total(text, running)), "waiting": int(total(text, waiting))}
+    except (Wrong, ValueError):
         return {"running": None, "waiting": None}
-    text = answer.body.decode(errors="replace")
-    return {"running": int(total(text, running)), "waiting": int(total(text, waiting))}

@@ -1,0 +1,72 @@
+"""What a unit's program tells systemd, and how it writes sizes and times."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import socket
+import time
+
+
+def notify(message: str) -> bool:
+    """Tells systemd, as sd_notify(3) does; False where it does not listen."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return False
+    # It may be re-executing just now.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel, contextlib.suppress(OSError):
+        channel.connect("\0" + address[1:] if address.startswith("@") else address)
+        channel.sendall(message.encode())
+    return True
+
+
+def status(text: str) -> None:
+    """A line for `systemctl status`; without systemd, for the terminal."""
+    if not notify(f"STATUS={text}"):
+        print(text, flush=True)
+
+
+def human(count: float) -> str:
+    """Bytes, in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class Meter:
+    """Bytes, rate over the last half minute, and the time left."""
+
+    def __init__(self, verb: str, total: int) -> None:
+        self.verb = verb
+        self.total = total
+        self.samples: collections.deque[tuple[float, int]] = collections.deque()
+        self.reported = 0.0
+
+    def report(self, done: int, note: str = "", now: float | None = None) -> None:
+        now = time.monotonic() if now is None else now
+        if now - self.reported >= 2:
+            self.reported = now
+            status(self.text(done, note, now))
+
+    def text(self, done: int, note: str = "", now: float | None = None) -> str:
+        now = time.monotonic() if now is None else now
+        self.samples.append((now, done))
+        while len(self.samples) > 2 and now - self.samples[0][0] > 30:
+            self.samples.popleft()
+        parts = [f"{self.verb} {human(done)} of {human(self.total)}".lstrip()]
+        began, before = self.samples[0]
+        rate = (done - before) / (now - began) if now > began else 0.0
+        if rate > 0:
+            left = max(self.total - done, 0) / rate
+            # The first moments say nothing about the rest.
+            parts += [f"{human(rate)}/s"] + ([f"ETA {duration(left)}"] if left < 2 * 86400 else [])
+        return ", ".join(parts + ([note] if note else []))
