@@ -110,6 +110,16 @@ def serving_nodes(
     ]
 
 
+def interrupted_nodes(hosts: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The nodes whose engine the run stops: by the plan of the driver, where there is one, else of the release."""
+    return [
+        host
+        for host in hosts
+        for seen in [hostvars[host]]
+        if seen.get("rollout_interrupts", (seen.get("inference_service_plan") or {}).get("action", "none") != "none")
+    ]
+
+
 def unknown_backends(edges: Mapping[str, Mapping[str, Any]], nodes: Iterable[str]) -> list[str]:
     """One line for each node that a gateway offers and the inventory no longer has."""
     known = set(nodes)
@@ -270,6 +280,7 @@ class FilterModule:
             "serving_nodes": serving_nodes,
             "unknown_backends": unknown_backends,
             "offering": offering,
+            "interrupted_nodes": interrupted_nodes,
             "changed_backends": changed_backends,
             "edge_servers": edge_servers,
             "failure_of": failure_of,

@@ -207,6 +207,17 @@ def test_an_edge_that_would_be_lost_at_once() -> None:
     assert rollout.changed_backends(known, [{"name": "a", "port": 8000, "tls": False}], ["a"]) == []
 
 
+def test_what_a_run_stops() -> None:
+    hostvars: dict[str, dict[str, Any]] = {
+        "a": {"inference_service_plan": {"action": "switch"}},
+        "b": {"inference_service_plan": {"action": "none"}},
+        "c": {"rollout_interrupts": True},
+        "d": {"rollout_interrupts": False},
+        "e": {},
+    }
+    assert rollout.interrupted_nodes(list(hostvars), hostvars) == ["a", "c"]
+
+
 def test_what_serves_now() -> None:
     def node(phase: str, active: str) -> dict[str, Any]:
         units = {"glm-engine.service": {"active": active}}
