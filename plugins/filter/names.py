@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -107,6 +108,18 @@ def differing_settings(
     ]
 
 
+def results_problems(directory: str) -> list[str]:
+    """Why reports cannot be written there, in a line; before hours of work and not after them."""
+    place = Path(directory)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
+        return []
+    return [
+        f"glm_results_dir: {directory} cannot be written: call from a directory of your own, or set glm_results_dir"
+    ]
+
+
 class FilterModule:
     def filters(self) -> dict[str, Callable[..., Any]]:
         return {
@@ -115,4 +128,5 @@ class FilterModule:
             "variables_of_roles": variables_of_roles,
             "duplicate_addresses": duplicate_addresses,
             "differing_settings": differing_settings,
+            "results_problems": results_problems,
         }

@@ -3,7 +3,12 @@
 from pathlib import Path
 
 import pytest
-from ansible_collections.glm.fleet.plugins.filter.names import differing_settings, role_variables, variables_of_roles
+from ansible_collections.glm.fleet.plugins.filter.names import (
+    differing_settings,
+    results_problems,
+    role_variables,
+    variables_of_roles,
+)
 
 ROLES = variables_of_roles(str(Path(__file__).resolve().parents[2] / "roles"))
 
@@ -31,6 +36,12 @@ ROLES = variables_of_roles(str(Path(__file__).resolve().parents[2] / "roles"))
 )
 def test_a_variable_of_a_role_is_set_or_refused(name: str, line: str) -> None:
     assert role_variables([name], ROLES) == ([f"{name}: {line}"] if line else [])
+
+
+def test_a_place_for_reports_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    assert results_problems(str(tmp_path / "results/lambda")) == []
+    (tmp_path / "file").touch()
+    assert "/file/lambda cannot be written" in results_problems(str(tmp_path / "file/lambda"))[0]
 
 
 def test_a_setting_of_the_fleet_that_one_host_sets_alone_is_named() -> None:
