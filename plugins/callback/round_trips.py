@@ -97,7 +97,7 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]
         # By their addresses alone are the hosts known that tasks are delegated to.
         if not self.names:
             manager = play.get_variable_manager()
-            for host in manager._inventory.get_hosts(ignore_limits=True):
+            for host in manager._inventory.get_hosts(ignore_limits=True, ignore_restrictions=True):
                 address = manager.get_vars(host=host, include_hostvars=False).get("ansible_host", host.name)
                 self.names[str(address)] = host.name
 
