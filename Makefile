@@ -68,6 +68,10 @@ programs:
 unit: venv programs ## Unit tests
 	@pytest tests/unit
 
+.PHONY: sanity
+sanity: venv ## ansible-test sanity over the collection as it is built
+	@tests/run sanity
+
 .PHONY: test
 test: venv engine programs ## Everything that proves the project on one machine
 	@tests/run

@@ -25,7 +25,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     def run(self, tmp: Any = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         result: dict[str, Any] = super().run(tmp, task_vars)
-        _, args = self.validate_argument_spec(argument_spec=SPEC)
+        _validation, args = self.validate_argument_spec(argument_spec=SPEC)
         host = "" if args.pop("fleet") else str((task_vars or {}).get("inventory_hostname", ""))
         found = failure(host=host, **args)
         return {**result, "failed": True, "msg": render(found), "failure": found}

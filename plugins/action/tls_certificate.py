@@ -9,8 +9,6 @@ from typing import Any
 
 from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 
 class Refused(Exception):
@@ -25,7 +23,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     def run(self, tmp: Any = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         result: dict[str, Any] = super().run(tmp, task_vars)
-        _, args = self.validate_argument_spec(argument_spec={"path": {"type": "path", "required": True}})
+        _validation, args = self.validate_argument_spec(argument_spec={"path": {"type": "path", "required": True}})
         path = os.path.abspath(args["path"])
         try:
             mode = stat.S_IMODE(os.stat(path).st_mode)
@@ -40,6 +38,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
 def check(data: bytes, mode: int, path: str) -> datetime.datetime:
     """When the certificate expires."""
+    # Not needed to load the plugin. ansible-core brings cryptography.
+    from cryptography import x509  # noqa: PLC0415
+    from cryptography.hazmat.primitives.serialization import (  # noqa: PLC0415
+        Encoding,
+        PublicFormat,
+        load_pem_private_key,
+    )
+
     if mode & 0o077:
         raise Refused(f"{path} holds a private key and is open to others (mode {mode:04o}): chmod 600 {path}")
     try:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from typing import Any
-
-from ansible.plugins.callback import CallbackBase
-
 DOCUMENTATION = r"""
 name: freeze_heap
 type: aggregate
@@ -16,6 +11,11 @@ description:
     that were there before, whose number grows with the hosts, and so copies the memory that it shares with its parent.
   - Needs no settings; active wherever C(callback_plugins) names this directory.
 """
+
+import gc
+from typing import Any
+
+from ansible.plugins.callback import CallbackBase
 
 
 class CallbackModule(CallbackBase):  # type: ignore[misc]

@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from typing import Any
-
-from ansible.plugins.callback import CallbackBase
-from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure_of, render
-from ansible_collections.glm.fleet.plugins.plugin_utils.journal import write
-
 DOCUMENTATION = r"""
 name: journal
 type: aggregate
@@ -24,6 +16,14 @@ description:
   - Never writes arguments, variables or the environment.
 requirements: [enable it in callbacks_enabled]
 """
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ansible.plugins.callback import CallbackBase
+from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure_of, render
+from ansible_collections.glm.fleet.plugins.plugin_utils.journal import write
 
 # What a command is run for, by the public fact that holds it.
 FACTS = {"verify_result": "verify", "benchmark_result": "benchmark"}

@@ -2,18 +2,6 @@
 
 from __future__ import annotations
 
-import collections
-import json
-import os
-import tempfile
-import time
-from collections.abc import Mapping
-from typing import Any
-
-from ansible.executor.task_executor import TaskExecutor
-from ansible.plugins.callback import CallbackBase
-from ansible.plugins.connection import ssh
-
 DOCUMENTATION = r"""
 name: round_trips
 type: aggregate
@@ -30,6 +18,18 @@ options:
     ini: [{section: callback_round_trips, key: json_path}]
 requirements: [enable it in callbacks_enabled]
 """
+
+import collections
+import json
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ansible.executor.task_executor import TaskExecutor
+from ansible.plugins.callback import CallbackBase
+from ansible.plugins.connection import ssh
 
 
 def count_ssh_processes(log: str) -> None:
@@ -62,7 +62,7 @@ def summarise(lines: list[str], known: Mapping[str, str] | None = None) -> dict[
     tasks: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     waits: collections.Counter[str] = collections.Counter()
     trips = [json.loads(line) for line in lines]
-    names = {**(known or {}), **{address: host for host, address, *_ in trips if host}}
+    names = {**(known or {}), **{address: host for host, address, *_task in trips if host}}
     for host, address, task, action in trips:
         name = host or names.get(address, address)
         waits[name] += action == "glm.fleet.systemd_job" and tasks[name][task] > 0

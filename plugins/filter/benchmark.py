@@ -4,16 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-DOCUMENTATION = """
-name: benchmark_result
-short_description: A benchmark client's raw result under the project's names
-options:
-  _input: {description: The client's own result., type: dict, required: true}
-  client: {description: "The engine's benchmark.yml.", type: dict, required: true}
-  workload: {description: The lengths and counts and the seed that were used., type: dict, required: true}
-  reference: {description: "Published tables, and the workload that they are of.", type: dict}
-"""
-
 WORKLOAD = ("input_len", "output_len", "num_prompts", "max_concurrency")
 
 
@@ -28,7 +18,11 @@ def benchmark_result(
     workload: dict[str, Any],
     reference: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A client's raw result under the report's names; what it did not measure is null."""
+    """A client's raw result under the report's names; what it did not measure is null.
+
+    client: the engine's benchmark.yml. workload: lengths, counts and seed that were used. reference: published tables,
+    and the workload that they are of.
+    """
     figures = client["figures"]
     prompts = int(workload["num_prompts"])
     completed = int(raw.get(figures["completed"]) or 0)

@@ -752,7 +752,7 @@ def other_failure(message: str, info: Mapping[str, Any]) -> str:
         r"NO_PUBKEY|not signed|required signer|signature|GPG|EXPKEYSIG|BADSIG|fingerprint|[Ss]igning key", words
     ):
         return f"apt: {words}: set glm_nvidia_apt_key_fingerprint to the fingerprint of the repository's key"
-    if re.search(r"Failed to fetch|[Cc]ould not resolve|does not have a Release|Request failed|urlopen|HTTP", words):
+    if re.search(r"Failed to fetch|[Cc]ould not resolve|does not have a Release|Request failed|HTTP", words):
         return f"apt: {words}: check glm_nvidia_apt_url"
     if re.search(r"unmet dependencies|held broken packages|unable to correct problems|conflicts?\b", words, re.I):
         return f"apt: {words}: set glm_driver_remove_conflicting: true, or another glm_driver_version"

@@ -157,7 +157,7 @@ def needs_by_mount(c: Context) -> dict[str, tuple[int, int, list[str]]]:
     def add(path: str, size: int, purpose: str) -> None:
         disk = c.node["disks"].get(path)
         if disk and size > 0:
-            total, _, purposes = needs.get(disk["mount"], (0, 0, []))
+            total, _free, purposes = needs.get(disk["mount"], (0, 0, []))
             needs[disk["mount"]] = (total + size, disk["free_bytes"], [*purposes, f"{gib(size)} {purpose}"])
 
     data, docker = c.wanted["data_directory"], c.node["docker"]["root_dir"] or c.wanted["docker_directory"]
@@ -274,7 +274,7 @@ def unneeded_hub(c: Context) -> Iterator[Finding]:
 
 def from_module(check: str, error: str) -> Finding:
     """The error of image_digest or hub_manifest, which ends in what to do."""
-    text, _, fix = error.rpartition(": ")
+    text, _colon, fix = error.rpartition(": ")
     return Finding(check, text, fix)
 
 

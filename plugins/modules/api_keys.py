@@ -13,7 +13,7 @@ options:
     description: Make the file with one random key if it is missing. In check mode it is only said to be made.
     type: bool
     default: false
-author: glm-fleet
+author: glm-fleet developers (!UNKNOWN)
 """
 
 EXAMPLES = r"""

@@ -1,5 +1,4 @@
 #!/usr/bin/python
-# ruff: noqa: E402 (documentation comes before the imports, as ansible-doc wants it)
 """Ansible module: take a server of an edge out of rotation, put it back, or read how things stand."""
 
 from __future__ import annotations
@@ -21,13 +20,17 @@ options:
       - That it took longer is C(settled=false), not a failure.
     type: float
     default: 0
-  absent_ok: {description: An edge that does not run is an empty answer, not a failure., type: bool, default: false}
+  absent_ok: {description: 'An edge that does not run is an empty answer, not a failure.', type: bool, default: false}
   socket: {description: HAProxy's socket with level admin., type: path, default: /run/haproxy/admin.sock}
   backend: {description: The backend with the servers., type: str, default: engines}
 attributes:
-  check_mode: {support: full}
-  diff_mode: {support: full}
-author: glm-fleet
+  check_mode:
+    description: Leaves the edge as it is, waits for nothing, and counts the server as settled.
+    support: full
+  diff_mode:
+    description: Says what has changed, or in check mode would change.
+    support: full
+author: glm-fleet developers (!UNKNOWN)
 """
 
 EXAMPLES = r"""

@@ -1,5 +1,4 @@
 #!/usr/bin/python
-# ruff: noqa: E402 (documentation comes before the imports, as ansible-doc wants it)
 """Ansible module: ask an endpoint as a client of a given kind will."""
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ options:
     required: true
   timeout: {description: Seconds for one answer., type: int, default: 120}
   ca_file: {description: 'Certificates of an authority to trust besides, in PEM.', type: path, default: ""}
-author: glm-fleet
+author: glm-fleet developers (!UNKNOWN)
 """
 
 EXAMPLES = r"""
@@ -110,7 +109,7 @@ class OpenAI(Client):
             },
             {"Authorization": f"Bearer {self.environment['OPENAI_API_KEY']}"},
         )
-        deltas = [event["choices"][0]["delta"] for _, event in answer.events() if event.get("choices")]
+        deltas = [event["choices"][0]["delta"] for _at, event in answer.events() if event.get("choices")]
         text = "".join(delta.get("content") or "" for delta in deltas)
         self.expect(text)
         return {"detail": f"{model} answered {text.strip()!r}", "cached_tokens": None}
@@ -195,7 +194,7 @@ class ClaudeCode(Client):
         turns = [self.turn("user", [self.text(self.with_call["prompt"])])]
         result = self.with_call["fact"].format(code=self.code)
         required = {tool["name"]: set(tool["parameters"].get("required", [])) for tool in self.question["tools"]}
-        for _ in range(4):  # a model may look around first
+        for _turn in range(4):  # a model may look around first
             answer = self.ask(model, turns)
             if not answer.calls:
                 break
@@ -221,7 +220,7 @@ class ClaudeCode(Client):
         answer, kinds = Answer(), []
         blocks: dict[int, dict[str, Any]] = {}
         arguments: dict[int, str] = {}
-        for _, event in stream.events():
+        for _at, event in stream.events():
             kinds.append(event["type"])
             if event["type"] == "error":
                 raise Wrong(shorten(str(event["error"])))

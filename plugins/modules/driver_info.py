@@ -1,5 +1,4 @@
 #!/usr/bin/python
-# ruff: noqa: E402 (documentation comes before the imports, as ansible-doc wants it)
 """The packages, sources, modules and logs around a node's NVIDIA driver, in one round trip."""
 
 from __future__ import annotations
@@ -58,8 +57,9 @@ options:
     default: 60
 attributes:
   check_mode:
+    description: Reads the same as without it.
     support: full
-author: glm-fleet
+author: glm-fleet developers (!UNKNOWN)
 """
 
 EXAMPLES = r"""
@@ -361,7 +361,7 @@ def parse_units(listing: str, names: list[str]) -> dict[str, dict[str, str | Non
         for block in listing.strip().split("\n\n")
     ]
     if len(blocks) != len(names):
-        blocks = [{} for _ in names]
+        blocks = [{} for _name in names]
     return {
         name: {
             "load": block.get("LoadState") or "not-found",

@@ -1,5 +1,4 @@
 #!/usr/bin/python
-# ruff: noqa: E402 (documentation comes before the imports, as ansible-doc wants it)
 """Ansible module: how many requests an engine has."""
 
 from __future__ import annotations
@@ -16,8 +15,10 @@ options:
   waiting: {description: Metric of those that wait; empty where C(running) has them too., type: str, default: ''}
   wait: {description: Seconds to wait until it has none., type: float, default: 0}
 attributes:
-  check_mode: {support: full}
-author: glm-fleet
+  check_mode:
+    description: Asks the engine once, and waits for nothing.
+    support: full
+author: glm-fleet developers (!UNKNOWN)
 """
 
 EXAMPLES = r"""

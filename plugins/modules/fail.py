@@ -33,7 +33,7 @@ options:
     description: Whether it concerns all nodes; then no host is named in front.
     type: bool
     default: false
-author: glm-fleet
+author: glm-fleet developers (!UNKNOWN)
 """
 
 EXAMPLES = r"""

@@ -3,18 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import grp
-import os
-import pwd
-import shutil
-import stat
-import subprocess
-import tempfile
-from typing import Any, Callable
-
-from ansible.module_utils.basic import AnsibleModule
-
 DOCUMENTATION = r"""
 module: file_set
 short_description: Install a set of files, directories and links in one round trip
@@ -78,7 +66,7 @@ options:
         type: list
         elements: str
         required: true
-author: glm-fleet
+author: glm-fleet developers (!UNKNOWN)
 """
 
 EXAMPLES = r"""
@@ -103,6 +91,18 @@ changed_paths:
   elements: str
   returned: always
 """
+
+import contextlib
+import grp
+import os
+import pwd
+import shutil
+import stat
+import subprocess
+import tempfile
+from typing import Any, Callable
+
+from ansible.module_utils.basic import AnsibleModule
 
 
 class Refused(Exception):
@@ -383,6 +383,7 @@ def main() -> None:
                 "options": {"path": {"type": "path", "required": True}, "target": {"type": "str", "required": True}},
             },
             "absent": {"type": "list", "elements": "path", "default": []},
+            "known": {"type": "dict"},  # of the action plugin, which takes it out
             "validate": {
                 "type": "list",
                 "elements": "dict",

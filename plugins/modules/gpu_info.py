@@ -1,5 +1,4 @@
 #!/usr/bin/python
-# ruff: noqa: E402 (documentation comes before the imports, as ansible-doc wants it)
 """GPUs, driver and fabric of a node, in one round trip."""
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ options:
     default: 60
 attributes:
   check_mode:
+    description: Reads the same as without it.
     support: full
-author: glm-fleet
+author: glm-fleet developers (!UNKNOWN)
 """
 
 EXAMPLES = r"""
@@ -156,7 +156,7 @@ class Output:
 
 def pci_address(text: str) -> str:
     """The kernel's form of an address: nvidia-smi writes a domain of 8 digits, the kernel one of 4."""
-    domain, _, rest = text.strip().lower().partition(":")
+    domain, _colon, rest = text.strip().lower().partition(":")
     return f"{domain[-4:]}:{rest}" if rest.count(":") == 1 else text.strip().lower()
 
 

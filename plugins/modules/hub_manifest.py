@@ -3,19 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.client
-import json
-import re
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from pathlib import PurePosixPath
-from typing import Any
-
-from ansible.module_utils.basic import AnsibleModule
-
 DOCUMENTATION = r"""
 module: hub_manifest
 short_description: List the files of a model revision with sizes and hashes
@@ -52,7 +39,7 @@ options:
     description: If false, a failure is returned as RV(error) and the task succeeds.
     type: bool
     default: true
-author: glm-fleet
+author: glm-fleet developers (!UNKNOWN)
 """
 
 EXAMPLES = r"""
@@ -69,7 +56,7 @@ manifest:
   type: dict
   contains:
     repo: {description: Repository., type: str}
-    revision: {description: Commit, 40 hex digits., type: str}
+    revision: {description: 'Commit, 40 hex digits.', type: str}
     files: {description: "Each with path, size, sha256 (large files) or git_sha1 (the others).", type: list}
     total_bytes: {description: Sum of the sizes., type: int}
     context_length: {description: Tokens that the model takes by its config.json; null if that does not say., type: int}
@@ -79,6 +66,19 @@ error:
   returned: always
   type: str
 """
+
+import hashlib
+import http.client
+import json
+import re
+import time
+import urllib.error
+import urllib.parse
+from pathlib import PurePosixPath
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.urls import open_url
 
 # A longer Retry-After is reported instead of waited for: the user decides.
 LONGEST_WAIT = 30
@@ -118,12 +118,17 @@ class Hub:
         raise AssertionError("unreachable")
 
     def _get_once(self, url: str) -> tuple[Any, str]:
-        headers = {"Accept": "application/json", "User-Agent": "glm-fleet"}
-        request = urllib.request.Request(url, headers=headers)  # noqa: S310 manifest() insists on http
+        headers = {"Accept": "application/json"}
         if self.token:
-            # Unredirected: a redirect to another host must not carry the token.
-            request.add_unredirected_header("Authorization", f"Bearer {self.token}")
-        with urllib.request.urlopen(request, timeout=self.timeout) as response:  # noqa: S310
+            headers["Authorization"] = f"Bearer {self.token}"
+        with open_url(
+            url,
+            headers=headers,
+            unredirected_headers=["Authorization"],  # a redirect to another host must not carry the token
+            use_netrc=False,
+            timeout=self.timeout,
+            http_agent="glm-fleet",
+        ) as response:
             body = json.load(response)
             link = re.search(r'<([^>]+)>;\s*rel="?next"?', response.headers.get("Link", ""))
             following = urllib.parse.urljoin(url, link.group(1)) if link else ""

@@ -3,18 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.client
-import json
-import re
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from typing import Any
-
-from ansible.module_utils.basic import AnsibleModule
-
 DOCUMENTATION = r"""
 module: image_digest
 short_description: Resolve a container image to its digest
@@ -48,7 +36,7 @@ options:
     description: If false, a failure is returned as RV(error) and the task succeeds.
     type: bool
     default: true
-author: glm-fleet
+author: glm-fleet developers (!UNKNOWN)
 """
 
 EXAMPLES = r"""
@@ -67,12 +55,12 @@ image:
     ref: {description: The reference as given., type: str}
     registry: {description: The registry., type: str, sample: docker.io}
     repository: {description: The name without tag and digest., type: str, sample: vllm/vllm-openai}
-    tag: {description: The tag, empty if only a digest was given., type: str}
+    tag: {description: 'The tag, empty if only a digest was given.', type: str}
     digest: {description: Digest of the index or manifest., type: str}
     pull_ref: {description: What to pull., type: str, sample: "vllm/vllm-openai@sha256:..."}
     config_env: {description: Environment of the image., type: dict}
     labels: {description: Labels of the image., type: dict}
-    cuda: {description: CUDA release inside of the image, or null., type: str, sample: "12.9"}
+    cuda: {description: 'CUDA release inside of the image, or null.', type: str, sample: "12.9"}
     size_bytes: {description: Bytes to download., type: int}
     entrypoint: {description: Entry point of the image., type: list, elements: str}
 error:
@@ -80,6 +68,18 @@ error:
   returned: always
   type: str
 """
+
+import hashlib
+import http.client
+import json
+import re
+import time
+import urllib.error
+import urllib.parse
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.urls import open_url
 
 DOCKER_HUB = "docker.io"
 DOCKER_HUB_API = "https://registry-1.docker.io"
@@ -104,7 +104,7 @@ class Reference:
         if not found:
             raise Problem(f"{ref!r} is no image reference: write NAME:TAG or NAME@sha256:DIGEST")
         name, self.digest = found["name"], found["digest"] or ""
-        first, _, rest = name.partition("/")
+        first, _slash, rest = name.partition("/")
         has_host = bool(rest) and ("." in first or ":" in first or first == "localhost")
         self.registry = first if has_host else DOCKER_HUB
         self.path = rest if has_host else name
@@ -143,7 +143,7 @@ class Registry:
         return parse(body, self.name), digest
 
     def blob(self, digest: str) -> dict[str, Any]:
-        body, _ = self._get(f"blobs/{digest}", "*/*")
+        body, _headers = self._get(f"blobs/{digest}", "*/*")
         if sha256(body) != digest:
             raise Problem(
                 f"{self.name} sent a configuration of {self.path} with another digest than {digest}: "
@@ -169,19 +169,26 @@ class Registry:
         """An anonymous token, as the registry's answer says where to get it."""
         fields = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
         query = {"service": fields.get("service", ""), "scope": f"repository:{self.path}:pull"}
-        body, _ = self._fetch(f"{fields.get('realm', '')}?{urllib.parse.urlencode(query)}", "application/json")
+        body, _headers = self._fetch(f"{fields.get('realm', '')}?{urllib.parse.urlencode(query)}", "application/json")
         answer = parse(body, self.name)
         return str(answer.get("token") or answer.get("access_token") or "")
 
     def _fetch(self, url: str, accept: str) -> tuple[bytes, Any]:
-        request = urllib.request.Request(url, headers={"Accept": accept, "User-Agent": "glm-fleet"})  # noqa: S310
+        headers = {"Accept": accept}
         if self.token:
-            # Not to be sent on to the store that a blob's address redirects to: that one would refuse it.
-            request.add_unredirected_header("Authorization", f"Bearer {self.token}")
+            headers["Authorization"] = f"Bearer {self.token}"
         for attempt in range(self.retries + 1):
             last = attempt == self.retries
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:  # noqa: S310
+                with open_url(
+                    url,
+                    headers=headers,
+                    # Not to be sent on to the store that a blob's address redirects to: that one would refuse it.
+                    unredirected_headers=["Authorization"],
+                    use_netrc=False,
+                    timeout=self.timeout,
+                    http_agent="glm-fleet",
+                ) as answer:
                     return answer.read(LARGEST), answer.headers
             except urllib.error.HTTPError as answer:
                 if answer.code < 500 or last:
@@ -256,7 +263,7 @@ def resolve(ref: str, mirror: str, platform: str, timeout: int, retries: int) ->
             f"write {reference.repository}@{reference.digest} to stay with that one, or pin the new one"
         )
     if "manifests" in manifest:
-        manifest, _ = registry.manifest(select(manifest, platform, ref))
+        manifest, _digest = registry.manifest(select(manifest, platform, ref))
     if "config" not in manifest or "layers" not in manifest:
         kind = manifest.get("mediaType", "schema 1")
         raise Problem(f"{ref} has a manifest of a kind that is not supported ({kind}): set glm_image to another build")

@@ -1,5 +1,4 @@
 #!/usr/bin/python
-# ruff: noqa: E402 (documentation comes before the imports, as ansible-doc wants it)
 """Everything that the roles want to know about a node, in one round trip."""
 
 from __future__ import annotations
@@ -71,8 +70,9 @@ options:
     default: /var/lib/glm/state.json
 attributes:
   check_mode:
+    description: Reads the same as without it.
     support: full
-author: glm-fleet
+author: glm-fleet developers (!UNKNOWN)
 """
 
 EXAMPLES = r"""
@@ -337,14 +337,14 @@ def ports(wanted: list[int], container_names: dict[str, str]) -> dict[str, Port]
         for entry in parse_listeners(read_text(f"/proc/net/{kind}"))
         if entry[0] in wanted
     ]
-    owners = socket_owners({inode for _, _, inode in listeners})
+    owners = socket_owners({inode for _port, _address, inode in listeners})
     of_the_node = read_text("/proc/1/cgroup")
     answer: dict[str, Port] = {}
     for number in wanted:
         port: Port = {
             "listening": False, "address": None, "process": None, "pid": None, "unit": None, "container": None,
         }  # fmt: skip
-        for _, address, inode in (entry for entry in listeners if entry[0] == number):
+        for _port, address, inode in (entry for entry in listeners if entry[0] == number):
             port["listening"], port["address"] = True, address
             pid = owners.get(inode)
             if pid is not None:
@@ -512,7 +512,7 @@ def release(base: str) -> dict[str, Any]:
 def files_below(directory: str) -> dict[str, os.stat_result]:
     """By their path below it."""
     found = {}
-    for base, _, names in os.walk(directory):
+    for base, _directories, names in os.walk(directory):
         for name in names:
             path = os.path.join(base, name)
             try:

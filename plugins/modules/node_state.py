@@ -1,5 +1,4 @@
 #!/usr/bin/python
-# ruff: noqa: E402 (documentation comes before the imports, as ansible-doc wants it)
 """Ansible module: write the state file of a node's deployment."""
 
 from __future__ import annotations
@@ -22,12 +21,16 @@ options:
   release: {description: Id of the release that the phase is about; empty for none., type: str, default: ""}
   previous: {description: Id of the release to go back to; empty for none., type: str, default: ""}
   rollout_id: {description: Names the run., type: str, default: ""}
-  reason: {description: Why the node is in this phase, in one line., type: str, default: ""}
+  reason: {description: 'Why the node is in this phase, in one line.', type: str, default: ""}
   failure: {description: "What failed, as glm.fleet.fail returns it.", type: dict, default: {}}
 attributes:
-  check_mode: {support: full}
-  diff_mode: {support: full}
-author: glm-fleet
+  check_mode:
+    description: Says whether the file would change, and leaves it.
+    support: full
+  diff_mode:
+    description: Says what has changed, or in check mode would change.
+    support: full
+author: glm-fleet developers (!UNKNOWN)
 """
 
 EXAMPLES = r"""

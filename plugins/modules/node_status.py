@@ -1,5 +1,4 @@
 #!/usr/bin/python
-# ruff: noqa: E402 (documentation comes before the imports, as ansible-doc wants it)
 """Ansible module: what a node serves and how it does, in one round trip."""
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ options:
     default: {}
   socket: {description: HAProxy's socket., type: path, default: /run/haproxy/admin.sock}
 attributes:
-  check_mode: {support: full}
-author: glm-fleet
+  check_mode:
+    description: Reads the same as without it.
+    support: full
+author: glm-fleet developers (!UNKNOWN)
 """
 
 EXAMPLES = r"""

@@ -1,5 +1,4 @@
 #!/usr/bin/python
-# ruff: noqa: E402 (documentation comes before the imports, as ansible-doc wants it)
 """Ansible module: one rollout at a time."""
 
 from __future__ import annotations
@@ -25,8 +24,10 @@ options:
     default: {}
   instead_of: {description: The C(token) of a lock to take over; C(any) for whichever there is., type: str, default: ""}
 attributes:
-  check_mode: {support: full}
-author: glm-fleet
+  check_mode:
+    description: Says whether the lock could be had, and leaves it as it is.
+    support: full
+author: glm-fleet developers (!UNKNOWN)
 """
 
 EXAMPLES = r"""

@@ -3,14 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import subprocess
-import time
-from typing import Any, Callable
-
-from ansible.module_utils.basic import AnsibleModule
-
 DOCUMENTATION = r"""
 module: systemd_job
 short_description: Start a systemd unit and wait for it, with its progress on the terminal
@@ -33,12 +25,12 @@ options:
     description: What the action plugin knows of the run that it follows. Not for playbooks.
     type: dict
     suboptions:
-      token: {description: Names one start, so that it is not repeated., type: str, required: true}
+      token: {description: 'Names one start, so that it is not repeated.', type: str, required: true}
       wait: {description: Seconds to stay on the node., type: float, default: 5}
       started: {description: Whether the start was done., type: bool, default: false}
       run_id: {description: systemd's id of the run., type: str, default: ""}
       boot: {description: The node's boot id when the run began., type: str, default: ""}
-author: glm-fleet
+author: glm-fleet developers (!UNKNOWN)
 """
 
 EXAMPLES = r"""
@@ -56,6 +48,15 @@ inactive_s:
   type: float
   returned: success
 """
+
+
+import contextlib
+import os
+import subprocess
+import time
+from typing import Any, Callable
+
+from ansible.module_utils.basic import AnsibleModule
 
 SYSTEMCTL_PROPERTIES = (
     "Type,LoadState,ActiveState,SubState,Result,Job,StatusText,InvocationID,ExecMainStatus,NeedDaemonReload,"
@@ -110,14 +111,14 @@ class Unit:
             text=True,
         )
         try:
-            _, stderr = client.communicate(timeout=self.follow["wait"])
+            _stdout, stderr = client.communicate(timeout=self.follow["wait"])
         except subprocess.TimeoutExpired:
             state = self.show()
             if is_starting(state) or is_active(state) or has_job(state):
                 client.kill()  # the client only waits for the job, which goes on
                 client.communicate()
                 return self._report("running", state)
-            _, stderr = client.communicate()  # it has ended in this moment, and the client knows how
+            _stdout, stderr = client.communicate()  # it has ended in this moment, and the client knows how
         if client.returncode:
             return self._failed(self.show(), stderr)
         return self._report("done", self.show())

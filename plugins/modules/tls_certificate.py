@@ -8,7 +8,7 @@ description:
     another certificate, or that has expired. Changes nothing and costs the node nothing.
 options:
   path: {description: PEM file on the controller with the certificate chain and its key., type: path, required: true}
-author: glm-fleet
+author: glm-fleet developers (!UNKNOWN)
 """
 
 EXAMPLES = r"""

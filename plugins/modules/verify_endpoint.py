@@ -3,21 +3,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
-import json
-import re
-import secrets
-import socket
-import subprocess
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
-
-from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.glm.fleet.plugins.module_utils.glm_node.endpoint import Server, Wrong, need, shorten
-from ansible_collections.glm.fleet.plugins.module_utils.glm_node.metrics import samples
-
 DOCUMENTATION = r"""
 module: verify_endpoint
 short_description: Check that a node serves the right model, with right answers, behind a guarded edge
@@ -61,7 +46,7 @@ options:
   result_file: {description: 'Where to note when it was and what failed; empty for nowhere.', type: path}
   timeout: {description: Seconds for one check., type: int, default: 120}
   ready_timeout: {description: Seconds for the edge to call the engine ready., type: int, default: 10}
-author: glm-fleet
+author: glm-fleet developers (!UNKNOWN)
 """
 
 EXAMPLES = r"""
@@ -86,12 +71,28 @@ checks:
   returned: always
 """
 
+import concurrent.futures
+import contextlib
+import json
+import re
+import secrets
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.endpoint import Server, Wrong, need, shorten
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.metrics import samples
+
 # Seconds between the first and the last token. What was held back on the way comes faster than any engine speaks.
 MIN_STREAM_SPREAD = 0.001
 STREAM_PAUSES = (0.2, 0.5, 1, 3)  # seconds before another look: a node that is short of CPU reads a stream late, too
 EXEC_PAUSES = (1, 3)  # seconds before another try where the container runtime, not the program, could not start
 REFUSALS = (401, 403, 404)
-CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+CHAT = "/v1/chat/completions"
+MESSAGES = "/v1/messages"
 # So many chains of checks at once: one asks for three facts beside one another, and one by both APIs, so that at most 8
 # requests are under way. A node that takes one at a time answers the last of them within its time, too.
 CHAINS_AT_ONCE = 5
@@ -298,7 +299,7 @@ class Verification:
             for moment, event in events
             if event.get("choices") and event["choices"][0]["delta"].get("content")
         ]
-        self._expect(question, "".join(text for _, text in tokens))
+        self._expect(question, "".join(text for _at, text in tokens))
         if len(tokens) < 2:
             raise Wrong(f"the whole answer came in {len(tokens)} chunk")
         first, last = tokens[0][0] - begin, tokens[-1][0] - begin
@@ -306,7 +307,7 @@ class Verification:
         if not usage or not usage.get("completion_tokens"):
             raise Wrong("the last event of the stream holds no usage")
         self._expect_model(events[0][1])
-        if not any(line == "data: [DONE]" for _, line in answer.lines[-3:]):
+        if not any(line == "data: [DONE]" for _at, line in answer.lines[-3:]):
             raise Wrong("the stream ends without [DONE]")
         return (
             f"{len(tokens)} chunks, the first after {first:.2f} s, the last after {last:.2f} s, "
@@ -368,7 +369,7 @@ class Verification:
         need(answer, 200, name)
         calls: dict[int, dict[str, Any]] = {}
         text, finish = "", None
-        for _, event in answer.events():
+        for _at, event in answer.events():
             for choice in event.get("choices") or []:
                 text += choice["delta"].get("content") or ""
                 finish = choice.get("finish_reason") or finish
@@ -397,7 +398,7 @@ class Verification:
         need(answer, 200, name)
         blocks: dict[int, dict[str, Any]] = {}
         finish = None
-        for _, event in answer.events():
+        for _at, event in answer.events():
             if event["type"] == "content_block_start":
                 blocks[event["index"]] = {**event["content_block"], "parts": ""}
             elif event["type"] == "content_block_delta":
@@ -426,7 +427,7 @@ class Verification:
     def check_messages_stream(self) -> str:
         answer = self.edge.request("POST", MESSAGES, {**self._messages_body(), "stream": True}, self._anthropic_keys())
         need(answer, 200)
-        events = [event for _, event in answer.events()]
+        events = [event for _at, event in answer.events()]
         kinds = [event["type"] for event in events]
         if kinds[:1] != ["message_start"] or kinds[-1] != "message_stop":
             raise Wrong(
@@ -534,7 +535,7 @@ class Verification:
     def _sentences(self, question: dict[str, Any], tokens: float) -> int:
         """How many filler sentences make the prompt about so long, as the engine counts: tokenizers differ."""
         sentences = round(tokens / 16)
-        for _ in range(2):
+        for _round in range(2):
             sentences = round(sentences * tokens / self._count(filled(self.questions, question, sentences)))
         return sentences
 

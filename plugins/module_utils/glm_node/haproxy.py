@@ -42,7 +42,7 @@ class HAProxy:
             for row in csv.DictReader(self.ask("show stat").lstrip("# ").splitlines())
             if row["pxname"] == self.backend
         }
-        _, header, *lines = [*self.ask(f"show servers state {self.backend}").splitlines(), "", ""]
+        _version, header, *lines = [*self.ask(f"show servers state {self.backend}").splitlines(), "", ""]
         servers = {}
         for line in filter(None, lines):
             row = dict(zip(header.lstrip("# ").split(), line.split()))

@@ -18,7 +18,7 @@ def series(text: str) -> Iterator[tuple[str, str, float]]:
 def samples(text: str) -> dict[str, float]:
     """Sum of each metric's samples; a family without a sample yet counts 0."""
     sums = {line.split()[2]: 0.0 for line in text.splitlines() if line.startswith("# TYPE ")}
-    for name, _, value in series(text):
+    for name, _labels, value in series(text):
         sums[name] = sums.get(name, 0.0) + value
     return sums
 
@@ -28,9 +28,9 @@ def total(text: str, selector: str) -> float:
 
     All count where none has a label of that name: an engine that calls it something else has not become idle.
     """
-    wanted, _, label = selector.rstrip("}").partition("{")
+    wanted, _brace, label = selector.rstrip("}").partition("{")
     found = [(labels, value) for name, labels, value in series(text) if name == wanted]
-    known = any(label.partition("=")[0] + "=" in labels for labels, _ in found)
+    known = any(label.partition("=")[0] + "=" in labels for labels, _value in found)
     return sum(value for labels, value in found if label in labels or not known)
 
 
