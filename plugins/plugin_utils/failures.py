@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -38,11 +38,6 @@ def failure_of(result: Mapping[str, Any], host: str = "") -> dict[str, Any]:
         found = [failure_of(item, host) for item in items]
         return {**found[0], "text": "; ".join(dict.fromkeys(part["text"] for part in found))}
     return failure("task", _text(result), host=host)
-
-
-def joined(found: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A line for each finding."""
-    return [finding["line"] for finding in found]
 
 
 def _text(result: Mapping[str, Any]) -> str:
