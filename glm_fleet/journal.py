@@ -122,6 +122,9 @@ class Follower:
             with suppress(ValueError):
                 yield json.loads(text)
 
+    def close(self) -> None:
+        self.file.close()
+
 
 def create(runs: Path, command: str) -> Run:
     """A new run; the oldest ones beyond KEPT go. Raises UsageProblem where the directory cannot be written."""

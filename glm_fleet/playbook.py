@@ -25,7 +25,6 @@ KEPT = re.compile(
     r"^(PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_.*|TERM|TMPDIR|TZ|SSH_AUTH_SOCK|VIRTUAL_ENV|COLUMNS|GLM_CACHE"
     r"|GLM_BENCH_NODES|(?i:https?|no)_(?i:proxy)|ANSIBLE_(?!.*(PASSWORD|TOKEN|SECRET)$).*)$"
 )
-STATS = ("changed", "failures", "dark", "rescued", "processed")
 GRACE = 5.0  # seconds that a stopped ansible-playbook has to end its workers
 # The failures that follow from the stop file, and from --pause.
 ENDINGS = {"stopped_by_user", "not_approved"}
@@ -88,7 +87,7 @@ class Playbook:
             if line["what"] == "result":
                 self.results.append(line)
             elif line["what"] == "stats":
-                self.stats = {name: dict(line[name]) for name in STATS}
+                self.stats = {name: counts for name, counts in line.items() if isinstance(counts, dict)}
             self.begun = self.begun or line["what"] == "play"
             self._show(line)
 
@@ -125,6 +124,7 @@ class Playbook:
                 signal.signal(number, handler)
             shutil.rmtree(self.private, ignore_errors=True)
             self.writer.close()
+            self.follower.close()
 
     def _execute(self) -> Outcome:
         import ansible_runner  # --help and completion do without

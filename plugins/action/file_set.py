@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ansible.plugins.action import ActionBase
+from ansible_collections.glm.fleet.plugins.modules.file_set import data_of
 
 
 def in_place(args: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
@@ -25,9 +26,8 @@ def in_place(args: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
 
 
 def _file(item: Mapping[str, Any], now: Mapping[str, Any] | None) -> bool:
-    text = str(item["content"])
-    data = (text if text.endswith("\n") or not text else text + "\n").encode()
-    return now is not None and now["sha256"] == hashlib.sha256(data).hexdigest() and _owned(item, now, "0644")
+    digest = hashlib.sha256(data_of(str(item["content"]))).hexdigest()
+    return now is not None and now["sha256"] == digest and _owned(item, now, "0644")
 
 
 def _directory(item: Mapping[str, Any], now: Mapping[str, Any] | None) -> bool:

@@ -71,9 +71,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             holder = answer.get("holder") or {}
             if not answer.get("failed") and not answer.get("mine", True) and is_gone(holder):
                 wish["instead_of"] = holder["token"]
-                answer = self._execute_module(
-                    module_name="glm.fleet.rollout_lock", module_args=wish, task_vars=task_vars
-                )
+                answer = self._execute_module(module_name=MODULE, module_args=wish, task_vars=task_vars)
                 holder = answer.get("holder") or {}
         except AnsibleConnectionFailure as problem:
             # Ansible would call the node unreachable for whom the task is delegated.

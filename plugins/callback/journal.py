@@ -90,11 +90,10 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]
             self.phases[host] = phase
             write("phase", host=host, phase=phase)
         self._facts(host, task, said)
+        took = round(time.monotonic() - self.began.pop((host, task._uuid), time.monotonic()), 1)
         if outcome == "ok":
             return
-        bad = outcome != "changed"
-        took = round(time.monotonic() - self.began.get((host, task._uuid), time.monotonic()), 1)
-        found = failure_of(said, host) if bad else None
+        found = failure_of(said, host) if outcome != "changed" else None
         write(
             "result", host=host, outcome=outcome, role=role_of(task), task=str(task.name), seconds=took,
             message=render(found) if found else "", **({"failure": found} if found else {}),

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure, render
+from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure, words
 
 SCHEMA = 1
 WORKLOAD = ("input_len", "output_len", "num_prompts", "max_concurrency")
@@ -57,7 +57,7 @@ def report_node(settings: Mapping[str, Any]) -> dict[str, Any]:
         found = failure("not_verified", "the node was not verified")
     if not found and benchmark and benchmark["completed"] < benchmark["workload"]["num_prompts"]:
         found = failure("benchmark", f"the benchmark had {benchmark['failed']} failed requests")
-    reason = render({**found, "host": ""}) if found else ""
+    reason = words(found) if found else ""
     entry: dict[str, Any] = {"ok": not reason}
     entry.update({name: str(settings.get(name) or "") for name in SETTINGS})
     outage = settings.get("outage")

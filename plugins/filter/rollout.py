@@ -9,7 +9,7 @@ from math import ceil
 from statistics import median
 from typing import Any
 
-from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure_of, render
+from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure_of, words
 
 SHARE = re.compile(r"(\d+)%")
 SIZES = ("input_len", "output_len", "num_prompts", "max_concurrency")
@@ -180,8 +180,7 @@ def changed_backends(
 
 def failure_line(result: Mapping[str, Any]) -> str:
     """What a failed task says, in one line."""
-    found = failure_of(result)
-    return "; ".join(render({**found, "host": ""}).splitlines())
+    return "; ".join(words(failure_of(result)).splitlines())
 
 
 def fleet_baseline(

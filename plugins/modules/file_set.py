@@ -159,8 +159,7 @@ class FileSet:
     def _file(self, item: dict[str, Any], command: list[str] | None) -> None:
         path, mode = item["path"], parse_mode(item["mode"], item["path"])
         uid, gid = self._owner(item)
-        content = item["content"] if item["content"].endswith("\n") or not item["content"] else item["content"] + "\n"
-        data = content.encode()
+        data = data_of(item["content"])
         old, old_stat = read(path)
         same = old == data
         if same and old_stat and not attributes_differ(old_stat, mode, uid, gid):
@@ -170,7 +169,7 @@ class FileSet:
         elif item["sensitive"]:
             self._note(path, "(content not shown)\n" if old is not None else "", "(new content not shown)\n")
         else:
-            self._note(path, (old or b"").decode(errors="replace"), content)
+            self._note(path, (old or b"").decode(errors="replace"), data.decode())
         if not same and command:
             self._validate(path, data, command)
         if self.check:
@@ -287,6 +286,11 @@ class FileSet:
             return lambda: os.unlink(path)
         mode, uid, gid = stat.S_IMODE(old_stat.st_mode), old_stat.st_uid, old_stat.st_gid
         return lambda: write(path, old, mode, uid, gid)
+
+
+def data_of(content: str) -> bytes:
+    """What a file holds, a missing final newline added."""
+    return (content if content.endswith("\n") or not content else content + "\n").encode()
 
 
 def parse_mode(mode: str, path: str) -> int:

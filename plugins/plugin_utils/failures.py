@@ -23,10 +23,14 @@ def failure(
     }
 
 
+def words(found: Mapping[str, Any]) -> str:
+    """What was found and what to do, where the host is told beside it."""
+    return ": ".join(part for part in (found["text"], found["fix"]) if part)
+
+
 def render(found: Mapping[str, Any]) -> str:
-    """The words for the user: the one place that makes them."""
-    text = ": ".join(part for part in (found["text"], found["fix"]) if part)
-    return f"{found['host']}: {text}" if found["host"] else text
+    """The words for the user, with the host."""
+    return f"{found['host']}: {words(found)}" if found["host"] else words(found)
 
 
 def failure_of(result: Mapping[str, Any], host: str = "") -> dict[str, Any]:
