@@ -89,7 +89,7 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]
         if phase and self.phases.get(host) != phase and outcome != "unreachable":
             self.phases[host] = phase
             write("phase", host=host, phase=phase)
-        self._facts(host, task, said)
+        self._facts(host, task, said, outcome)
         took = round(time.monotonic() - self.began.pop((host, task._uuid), time.monotonic()), 1)
         if outcome == "ok":
             return
@@ -99,7 +99,7 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]
             message=render(found) if found else "", **({"failure": found} if found else {}),
         )  # fmt: skip
 
-    def _facts(self, host: str, task: Any, said: Mapping[str, Any]) -> None:
+    def _facts(self, host: str, task: Any, said: Mapping[str, Any], outcome: str) -> None:
         facts = said.get("ansible_facts") or {}
         if "report_entry" in facts:
             write("entry", host=host, entry=facts["report_entry"])
@@ -107,7 +107,7 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]
             if variable in facts:
                 write("fact", host=host, name=name, value=facts[variable])
         name = marked(task, "_says")
-        if name and "msg" in said and not said.get("failed"):
+        if name and "msg" in said and outcome in ("ok", "changed"):
             write("fact", host=host, name=name, value=str(said["msg"]))
 
 

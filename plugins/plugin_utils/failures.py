@@ -37,7 +37,8 @@ def failure_of(result: Mapping[str, Any], host: str = "") -> dict[str, Any]:
     """That of a task's result, whatever module it was; of a loop, what its items say."""
     if result.get("failure"):
         return dict(result["failure"])
-    items = [item for item in result.get("results") or [] if item.get("failed")]
+    # From 2.21 on, callbacks are not given `failed`: only an item that failed has `exception` there.
+    items = [item for item in result.get("results") or [] if item.get("failed") or "exception" in item]
     if items:
         found = [failure_of(item, host) for item in items]
         return {**found[0], "text": "; ".join(dict.fromkeys(part["text"] for part in found))}
