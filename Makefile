@@ -105,6 +105,10 @@ faults: venv engine ## Inject every fault of the list under load, and write docs
 bench-fleet: venv engine ## What 4, 16 and 48 light nodes cost: wall time, CPU, memory, round trips
 	@tests/bench_fleet.py $(NODES)
 
+.PHONY: figures
+figures: venv engine ## Measure the demo, and write what was measured here into README.md and docs/testing.md
+	@tools/figures.py
+
 .PHONY: clean
 clean: venv ## Remove everything that make has made: nodes, images, engine, environment
 	@ansible-playbook molecule/shared/destroy.yml -i inventory/demo -e testbed_purge=true
