@@ -125,11 +125,11 @@ from typing import Any, Callable, TypedDict
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.facts.system.distribution import DistributionFactCollector
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node import cdi
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.docker import docker_get, docker_runs
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_text
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.processes import open_files, parse_container_id
 
-CDI_DIRECTORIES = ("/etc/cdi", "/var/run/cdi")
 LISTEN = "0A"
 CAP_SYS_RESOURCE = 24
 UNSYNCHRONIZED_MICROSECONDS = 16_000_000  # the kernel's maximum error where nothing disciplines the clock
@@ -469,26 +469,6 @@ def image(reference: str, runs: bool) -> Image:
     }
 
 
-def parse_cdi(text: str) -> list[str]:
-    """Qualified device names of one CDI specification, written as JSON or as block-style YAML."""
-    try:
-        data = json.loads(text)
-        return [f"{data['kind']}={device['name']}" for device in data.get("devices", [])]
-    except (ValueError, KeyError, TypeError):
-        pass
-    kind = re.search(r"^kind:\s*[\"']?([^\"'\s]+)", text, re.MULTILINE)
-    names = re.findall(r"^(?:- |  |  - |    )name:\s*[\"']?([^\"'\s]+)", text, re.MULTILINE)
-    return [f"{kind.group(1)}={name}" for name in names] if kind else []
-
-
-def cdi() -> dict[str, list[str]]:
-    files = [
-        path for base in CDI_DIRECTORIES for path in sorted(Path(base).glob("*")) if path.suffix in (".yaml", ".json")
-    ]
-    devices = sorted({device for path in files for device in parse_cdi(read_text(path))})
-    return {"devices": devices, "spec_files": [str(path) for path in files]}
-
-
 def container_toolkit(installed: str | None) -> str | None:
     """The package's version, or the program's own where it came another way."""
     found = re.search(r"version:?\s+v?(\d[\w.+~-]*)", run(["nvidia-ctk", "--version"]) or "") if not installed else None
@@ -608,7 +588,7 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
             "packages": {name: versions[name] for name in params["packages"]},
             "docker": docker(info, container_names),
             "images": {reference: image(reference, info is not None) for reference in params["images"]},
-            "cdi": cdi(),
+            "cdi": {"devices": cdi.devices(), "spec_files": [str(path) for path in cdi.files()]},
             "release": release(params["release_directory"]),
             "state": read_json(params["state_file"]),
             "models": {directory: model(directory) for directory in params["models"]},

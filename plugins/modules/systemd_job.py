@@ -103,8 +103,10 @@ class Unit:
             return self.watch()
         if state.get("ActiveState") == "failed":  # an operator's start is not one of those that the start limit counts
             self.command("systemctl", "reset-failed", self.name)
+        # One that systemd is about to start again would wait for that, where a restart is at once.
+        verb = "restart" if self.params["restart"] or is_to_restart(state) else "start"
         client = subprocess.Popen(
-            ["systemctl", "restart" if self.params["restart"] else "start", self.name],
+            ["systemctl", verb, self.name],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -141,7 +143,7 @@ class Unit:
         known, now = self.follow["run_id"], state.get("InvocationID", "")
         if self.follow["boot"] not in ("", boot_id()):
             return "done" if is_active(state) else "lost"
-        if state.get("SubState", "").startswith("auto-restart") or (known and now and known != now):
+        if is_to_restart(state) or (known and now and known != now):
             return "failed"  # systemd tries again, but this start was not a good one
         if is_active(state):
             return "done"
@@ -229,7 +231,12 @@ def is_active(state: dict[str, str]) -> bool:
 
 
 def is_starting(state: dict[str, str]) -> bool:
-    return state.get("ActiveState") == "activating" and not state.get("SubState", "").startswith("auto-restart")
+    return state.get("ActiveState") == "activating" and not is_to_restart(state)
+
+
+def is_to_restart(state: dict[str, str]) -> bool:
+    """Failed, and systemd will start it again."""
+    return state.get("SubState", "").startswith("auto-restart")
 
 
 def inactive_seconds(state: dict[str, str]) -> float | None:

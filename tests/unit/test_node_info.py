@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.glm.fleet.plugins.action import node_info as action
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node import cdi
 from ansible_collections.glm.fleet.plugins.modules import node_info
 
 
@@ -132,10 +133,10 @@ kind: nvidia.com/gpu
 
 
 def test_cdi_devices() -> None:
-    assert node_info.parse_cdi(CDI_YAML) == ["nvidia.com/gpu=0", "nvidia.com/gpu=all"]
+    assert cdi.parse(CDI_YAML) == ["nvidia.com/gpu=0", "nvidia.com/gpu=all"]
     as_json = {"kind": "nvidia.com/gpu", "devices": [{"name": "all"}]}
-    assert node_info.parse_cdi(json.dumps(as_json)) == ["nvidia.com/gpu=all"]
-    assert node_info.parse_cdi("") == []
+    assert cdi.parse(json.dumps(as_json)) == ["nvidia.com/gpu=all"]
+    assert cdi.parse("") == []
 
 
 def test_open_files_limit() -> None:

@@ -17,6 +17,7 @@ PROGRAMS = {
     "engine_image/files/image-pull": "the following arguments are required",
     "gateway/files/gateway-reload.py": "IndexError",
     "inference_service/files/engine-launch": "engine-launch RELEASE",
+    "inference_service/files/engine-wait": "engine-wait RELEASE",
     "inference_service/files/engine-watchdog": "engine-watchdog RELEASE",
     "model_weights/files/weights-fetch": "/etc/glm/weights.json cannot be used",
     "nvidia_driver/files/apt-progress": "not enough values to unpack",
