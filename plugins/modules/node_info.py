@@ -409,6 +409,19 @@ def packages(names: list[str]) -> dict[str, str | None]:
     return {name: installed.get(name) for name in names}
 
 
+def automatic_reboot() -> bool:
+    """Whether unattended-upgrades may reboot the host by itself."""
+    name = "Unattended-Upgrade::Automatic-Reboot"
+    said = run(["apt-config", "dump", name]) if shutil.which("unattended-upgrade", path="/usr/bin") else None
+    return parse_apt_flag(said or "", name)
+
+
+def parse_apt_flag(dump: str, name: str) -> bool:
+    """A flag in the words of `apt-config dump`, which takes these for a yes."""
+    found = re.search(rf'^{re.escape(name)} "([^"]*)";', dump, re.MULTILINE | re.IGNORECASE)
+    return bool(found and found.group(1).lower() in ("1", "yes", "true", "with", "on", "enable"))
+
+
 def parse_units(listing: str) -> dict[str, dict[str, Any]]:
     """Blocks of KEY=VALUE, one a unit, from `systemctl show`."""
     answer: dict[str, dict[str, Any]] = {}
@@ -573,6 +586,7 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
         info_job = pool.submit(lambda: docker_get("/info") if docker_runs() else None)
         packages_job = pool.submit(packages, [*params["packages"], toolkit])
         units_job = pool.submit(units, params["units"])
+        reboot_job = pool.submit(automatic_reboot)
         info = info_job.result()
         container_names = containers() if info else {}
         versions = packages_job.result()
@@ -595,6 +609,7 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
             "units": units_job.result(),
             "files": {path: sha256(path) for path in params["files"]},
             "managed": managed(params["managed"]),
+            "automatic_reboot": reboot_job.result(),
             "container_toolkit": container_toolkit(versions[toolkit]),
             "urls": {name: job.result() for name, job in probes.items()},
             "clock": clock(begun),  # last: it also says when the rest was done
