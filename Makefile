@@ -96,6 +96,10 @@ fleet-real: venv engine ## The same with real vLLM on each node, where the light
 driver: venv engine ## Install, adopt and replace the driver on nodes of five kinds; bad input and faults
 	@tests/run driver driver-refusals driver-packages
 
+.PHONY: node-life
+node-life: venv engine ## A node on its own: boots, updates, disks, networks and downloads, without a run beside it
+	@tests/run node-life
+
 .PHONY: faults
 faults: venv engine ## Inject every fault of the list under load, and write docs/faults.md
 	@tests/run faults
