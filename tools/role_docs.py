@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Writes each role's README.md, and docs/variables.md, from the roles' argument specs and defaults.
 
+The table of Xids in docs/gpu-errors.md is made from plugins/plugin_utils/xids.py.
+
 tools/role_docs.py            writes them
 tools/role_docs.py --check    writes nothing; names the files that are stale and exits 1
 """
@@ -20,6 +22,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "collections"))
 from ansible_collections.glm.fleet.plugins.filter import names  # noqa: E402
+from ansible_collections.glm.fleet.plugins.plugin_utils.xids import XIDS  # noqa: E402
 
 FIRST = "glm"  # the user's settings
 
@@ -94,6 +97,9 @@ tasks_from `{{ entry.name }}`: {{ entry.title }}.
 {% endfor %}
 """
 )
+
+XIDS_BEGIN = "<!-- Made by tools/role_docs.py from plugins/plugin_utils/xids.py: edit that. -->\n"
+XIDS_END = "<!-- End of what tools/role_docs.py makes. -->\n"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -179,6 +185,18 @@ def render(template: str, **values: Any) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
+def xid_table() -> str:
+    rows = [("code", "meaning", "what preflight does", "what to do"), ("---",) * 4]
+    rows += [(str(code), kind.meaning, kind.action, kind.cure) for code, kind in XIDS.items()]
+    return "".join(f"| {' | '.join(cell(column) for column in row)} |\n" for row in rows)
+
+
+def with_xid_table(page: str) -> str:
+    before, _begin, rest = page.partition(XIDS_BEGIN)
+    _table, _end, after = rest.partition(XIDS_END)
+    return f"{before}{XIDS_BEGIN}\n{xid_table()}\n{XIDS_END}{after}"
+
+
 def documents(root: Path) -> dict[Path, str]:
     """Every generated file and what belongs into it."""
     found = [path.parents[1] for path in root.glob("roles/*/meta/argument_specs.yml")]
@@ -186,7 +204,11 @@ def documents(root: Path) -> dict[Path, str]:
     ordered = sorted(found, key=lambda path: (path.name != FIRST, path.name))
     roles = [mark(read_role(path), origins) for path in ordered]
     texts = {root / "roles" / role["name"] / "README.md": render(README, role=role) for role in roles}
-    return {**texts, root / "docs" / "variables.md": render(VARIABLES, roles=roles)}
+    texts[root / "docs" / "variables.md"] = render(VARIABLES, roles=roles)
+    errors = root / "docs" / "gpu-errors.md"
+    if errors.exists():
+        texts[errors] = with_xid_table(errors.read_text(encoding="utf-8"))
+    return texts
 
 
 def stale(root: Path) -> list[Path]:

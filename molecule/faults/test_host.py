@@ -13,6 +13,8 @@ from conftest import NODES, Case, cases
 from machines import Machine
 
 XID = "NVRM: Xid (PCI:0000:1b:00): 79, pid=1, GPU has fallen off the bus."
+NVLINK = "NVRM: Xid (PCI:0000:52:00): 149, NETIR_LINK_EVT Fatal XC0 i0 Link 08 (0x004505c6 0x00000000 0x00000000)"
+SXID = "nvidia-nvswitch0: SXid (PCI:0000:07:00.0): 20034, Fatal, Link 30 LTSSM Fault Up"
 DROP = "NVRM: GPU 0000:43:00.0: GPU has fallen off the bus."
 
 
@@ -23,7 +25,7 @@ def kernel_says(line: str) -> Callable[[Machine], AbstractContextManager[None]]:
     def said(node: Machine) -> Iterator[None]:
         # The journal takes no record with a number below those that it has seen.
         node.run(f"printf '4,{time.time_ns()},0,-;{line}\\n' > /dev/kmsg")
-        node.run("for _ in $(seq 50); do journalctl -kq | grep -q 'fallen off' && exit; sleep 0.1; done; exit 1")
+        node.run(f"for _ in $(seq 50); do journalctl -kq | grep -qF '{line}' && exit; sleep 0.1; done; exit 1")
         try:
             yield
         finally:
@@ -83,7 +85,9 @@ FAULTS: dict[str, tuple[Callable[[Machine], AbstractContextManager[None]], dict[
         {},
         r"^(reboot|driver_library): ",
     ),
-    "a fatal Xid": (kernel_says(XID), {}, r"^xid: "),
+    "a fatal Xid": (kernel_says(XID), {}, r"^xid: .*Xid 79 \(GPU has fallen off the bus\) on 0000:1b:00"),
+    "a fatal NVLink error": (kernel_says(NVLINK), {}, r"^xid: .*Xid 149 \(NVLink NETIR error, fatal\) on 0000:52:00"),
+    "a fatal NVSwitch error": (kernel_says(SXID), {}, r"^sxid: .*SXid 20034 \(LTSSM Fault Up\)"),
     "a GPU off the bus without an Xid": (kernel_says(DROP), {}, r"^bus_drop: "),
     "a GPU that wants a reset": (
         lambda node: node.machine(gpus={"2": {"recovery_action": "Reset"}}),

@@ -17,6 +17,12 @@ from ansible_collections.glm.fleet.plugins.plugin_utils.findings import (
     same_version,
     versions,
 )
+from ansible_collections.glm.fleet.plugins.plugin_utils.xids import (
+    Judged,
+    judge_sxids,
+    judge_xids,
+    recovery_cure,
+)
 
 # In the errors of image_digest and hub_manifest; a node that does not get there either says so itself.
 NOT_REACHED = "cannot be reached"
@@ -499,7 +505,7 @@ def recovery_action(c: Context) -> Iterator[Finding]:
         yield Finding(
             "gpu_recovery",
             f"the driver asks for a recovery (found {listed(actions)} on {named(bad)}, wanted None)",
-            "do as it asks: reset the GPU with `nvidia-smi --gpu-reset`, or reboot the node",
+            "; ".join(dict.fromkeys(recovery_cure(action) for action in actions)),
         )
 
 
@@ -527,31 +533,52 @@ def gpu_process(c: Context) -> Iterator[Finding]:
         )
 
 
-def xids(c: Context, fatal: bool) -> list[str]:
-    codes = c.wanted["fatal_xids"]
-    seen = (xid for xid in c.gpu.get("kernel_log", {}).get("xids", []) if (xid["code"] in codes) == fatal)
-    return list(dict.fromkeys(f"Xid {xid['code']} on {xid['pci_address']}" for xid in seen))
+def xids(c: Context) -> Iterator[Judged]:
+    return judge_xids(c.gpu.get("kernel_log", {}).get("xids", []), c.wanted["fatal_xids"])
+
+
+def sxids(c: Context) -> Iterator[Judged]:
+    return judge_sxids(c.gpu.get("kernel_log", {}).get("sxids", []))
+
+
+def logged(errors: Iterable[Judged], check: str, text: str, hint: str) -> Iterator[Finding]:
+    """One finding about errors of the kernel log: each kind once, with its places, and each cure once."""
+    places: dict[str, dict[str, None]] = {}  # dictionaries as sets that keep their order
+    cures: dict[str, dict[str, None]] = {}
+    for error in errors:
+        places.setdefault(f"{error.label} ({error.meaning})", {})[error.place] = None
+        cures.setdefault(error.cure, {})[error.label] = None
+    if places:
+        found = listed((f"{error} on {listed(where)}" for error, where in places.items()), 8)
+        fixes = [f"{listed(labels, 8)}: {cure}" for cure, labels in cures.items()] if len(cures) > 1 else [*cures]
+        yield Finding(
+            check, f"{text} in the kernel log since boot (found {found}, wanted none)", "; ".join([*fixes, hint])
+        )
 
 
 @refusal
 def fatal_xid(c: Context) -> Iterator[Finding]:
-    if found := xids(c, fatal=True):
-        yield Finding(
-            "xid",
-            f"fatal GPU errors in the kernel log since boot (found {listed(found)}, wanted none)",
-            "reboot the node (the log starts anew) and have the GPU replaced if it comes back; "
-            "preflight_fatal_xids lists the codes",
-        )
+    fatal = (xid for xid in xids(c) if xid.refuses)
+    hint = "only a reboot clears the log, and preflight_fatal_xids chooses other codes"
+    yield from logged(fatal, "xid", "fatal GPU errors", hint)
 
 
 @warning
 def other_xid(c: Context) -> Iterator[Finding]:
-    if found := xids(c, fatal=False):
-        yield Finding(
-            "xid",
-            f"GPU errors in the kernel log since boot (found {listed(found)}, wanted none)",
-            "see `journalctl -k -g Xid`; these codes often come from a program, not from the hardware",
-        )
+    other = (xid for xid in xids(c) if not xid.refuses)
+    yield from logged(other, "xid", "GPU errors", "see `journalctl -k -g Xid`")
+
+
+@refusal
+def fatal_sxid(c: Context) -> Iterator[Finding]:
+    fatal = (sxid for sxid in sxids(c) if sxid.refuses)
+    yield from logged(fatal, "sxid", "fatal NVSwitch errors", "only a reboot clears the log")
+
+
+@warning
+def other_sxid(c: Context) -> Iterator[Finding]:
+    other = (sxid for sxid in sxids(c) if not sxid.refuses)
+    yield from logged(other, "sxid", "NVSwitch errors", "see `journalctl -k -g SXid`")
 
 
 @refusal

@@ -38,7 +38,8 @@ gpu:
   description:
     - C(driver) is null without a driver, else versions of module and library, branch, CUDA version, and C(error).
     - C(gpus) one entry a GPU that answers; C(pci) the addresses of those that the bus lists.
-    - C(links) the NVLink type of each pair; C(processes) compute processes; C(kernel_log) Xid and bus-drop lines.
+    - C(links) the NVLink type of each pair; C(processes) compute processes; C(kernel_log) the errors of GPUs (Xids) and
+      of NVSwitches (SXids) since boot, and bus-drop lines.
   returned: always
   type: dict
 """
@@ -120,8 +121,25 @@ class Link:
 
 @dataclass
 class Xid:
+    """An error of a GPU."""
+
     code: int
     pci_address: str
+    fatal: bool | None  # said of NVLink 5 errors alone
+    recovery_action: str | None  # what Xid 154 changes it to; "None" where nothing is asked for any more
+    line: str
+
+
+@dataclass
+class SXid:
+    """An error of an NVSwitch."""
+
+    code: int
+    switch: str
+    pci_address: str
+    fatal: bool
+    link: int | None
+    error: str
     line: str
 
 
@@ -129,6 +147,7 @@ class Xid:
 class KernelLog:
     readable: bool = False
     xids: list[Xid] = field(default_factory=list)
+    sxids: list[SXid] = field(default_factory=list)
     bus_drops: list[str] = field(default_factory=list)
 
 
@@ -277,12 +296,45 @@ def parse_topology(text: str) -> list[Link]:
     return links
 
 
+def parse_xid(line: str) -> Xid | None:
+    """As in "Xid (PCI:0000:1b:00): 149, NETIR_LINK_EVT Fatal XC0 i0 Link 08 (...)"; pid and name may come first."""
+    xid = re.search(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)[^)]*\): (\d+)", line)
+    if not xid:
+        return None
+    severity = re.search(r", [A-Z0-9_/]+\s+(Fatal|Nonfatal)\s", line)
+    action = re.search(r"recovery action changed .*\bto 0x[0-9a-f]+ \(([^)]+)\)", line)
+    return Xid(
+        code=int(xid.group(2)),
+        pci_address=xid.group(1).lower(),
+        fatal=severity.group(1) == "Fatal" if severity else None,
+        recovery_action=action.group(1) if action else None,
+        line=line,
+    )
+
+
+def parse_sxid(line: str) -> SXid | None:
+    """As in "nvidia-nvswitch3: SXid (PCI:0000:c1:00.0): 12028, Non-fatal, Link 32 egress non-posted PRIV error".
+
+    Lines of Severity and Data follow each of these, and say nothing more.
+    """
+    sxid = re.search(
+        r"(nvidia-nvswitch\d+): SXid \(PCI:([0-9a-fA-F:.]+)\): (\d+), (Fatal|Non-fatal|Correctable), "
+        r"(?:Link (-?\d+) )?(.*?)(?: \(First\))?$",
+        line,
+    )
+    if not sxid:
+        return None
+    switch, address, code, severity, link, error = sxid.groups()
+    return SXid(int(code), switch, address.lower(), severity == "Fatal", int(link) if link else None, error, line)
+
+
 def parse_kernel_log(text: str) -> KernelLog:
     log = KernelLog(readable=bool(text.strip()))
     for line in (line.strip() for line in text.splitlines()):
-        xid = re.search(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)[^)]*\): (\d+)", line)
-        if xid:
-            log.xids.append(Xid(int(xid.group(2)), xid.group(1).lower(), line))
+        if xid := parse_xid(line):
+            log.xids.append(xid)
+        if sxid := parse_sxid(line):
+            log.sxids.append(sxid)
         if "fallen off the bus" in line:
             log.bus_drops.append(line)
     return log

@@ -161,6 +161,65 @@ def test_kernel_log() -> None:
     assert gpu_info.parse_kernel_log("").readable is False
 
 
+def kernel_log(name: str) -> gpu_info.KernelLog:
+    return gpu_info.parse_kernel_log((FIXTURES.parent / "kernel-log" / name).read_text(encoding="utf-8"))
+
+
+def test_kernel_log_of_programs_that_failed() -> None:
+    log = kernel_log("program.log")
+    assert [xid.code for xid in log.xids] == [13, 13, 43, 31, 45, 63, 94]
+    assert {(xid.fatal, xid.recovery_action) for xid in log.xids} == {(None, None)}
+    assert log.sxids == []
+
+
+def test_kernel_log_of_nvlink_errors() -> None:
+    xids = kernel_log("nvlink.log").xids
+    assert [(xid.code, xid.pci_address, xid.fatal, xid.recovery_action) for xid in xids] == [
+        (145, "0000:1b:00", False, None),
+        (145, "0000:43:00", False, None),
+        (149, "0000:52:00", True, None),
+        (154, "0000:52:00", None, "Drain and Reset"),
+        (45, "0000:52:00", None, None),
+        (154, "0000:52:00", None, "GPU Reset Required"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "actions"),
+    [("recovered.log", [None, "Drain P2P", "None"]), ("gsp.log", [None, "GPU Reset Required", None, "OS Reboot"])],
+)
+def test_kernel_log_of_recovery_actions(name: str, actions: list[str | None]) -> None:
+    assert [xid.recovery_action for xid in kernel_log(name).xids] == actions
+
+
+def test_an_nvlink_error_in_the_words_of_branch_570() -> None:
+    line = "NVRM: Xid (PCI:0000:1b:00): 149, NETIR_LINK_EVT Fatal XC 1 i 2 Link 01 [0x0000000a]"
+    (xid,) = gpu_info.parse_kernel_log(line).xids
+    assert (xid.code, xid.fatal) == (149, True)
+
+
+def test_a_word_of_another_code_is_no_severity() -> None:
+    line = "NVRM: Xid (PCI:0000:1b:00): 64, pid=1, Dynamic Page Retirement: Fatal error, unable to retire page (0x1)"
+    (xid,) = gpu_info.parse_kernel_log(line).xids
+    assert (xid.code, xid.fatal) == (64, None)
+
+
+def test_kernel_log_of_switches() -> None:
+    sxids = kernel_log("switch.log").sxids
+    assert [(sxid.switch, sxid.pci_address, sxid.code, sxid.fatal, sxid.link, sxid.error) for sxid in sxids] == [
+        ("nvidia-nvswitch3", "0000:0a:00.0", 22013, False, 44, "Minion Link DLREQ interrupt"),
+        ("nvidia-nvswitch3", "0000:0a:00.0", 12028, False, 32, "egress non-posted PRIV error"),
+        ("nvidia-nvswitch1", "0000:08:00.0", 20034, True, 48, "LTSSM Fault Up"),
+        ("nvidia-nvswitch0", "0000:07:00.0", 20034, True, 63, "LTSSM Fault Up"),
+    ]
+
+
+def test_an_error_of_a_whole_switch_has_no_link() -> None:
+    line = "nvidia-nvswitch0: SXid (PCI:0000:07:00.0): 10001, Non-fatal, PRI WRITE SYS error, instance=0, chiplet=3"
+    (sxid,) = gpu_info.parse_kernel_log(line).sxids
+    assert (sxid.link, sxid.error) == (None, "PRI WRITE SYS error, instance=0, chiplet=3")
+
+
 def test_gpus_on_the_bus(tmp_path: Path) -> None:
     for address, vendor, kind in (
         ("0000:1b:00.0", "0x10de", "0x030200"),

@@ -15,6 +15,7 @@ from ansible_collections.glm.fleet.plugins.modules import gpu_info
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "nvidia-smi"
+KERNEL_LOGS = ROOT / "tests" / "fixtures" / "kernel-log"
 GIB = 1024**3
 Dict = dict[str, Any]
 
@@ -38,6 +39,10 @@ def seen_by_gpu_info(machine: str) -> Dict:
             pci=[gpu.pci_address for gpu in query.gpus],
         )
     )
+
+
+def kernel_log(name: str) -> str:
+    return (KERNEL_LOGS / name).read_text(encoding="utf-8")
 
 
 def free_port() -> Dict:
@@ -199,14 +204,33 @@ def foreign_process(world: World) -> None:
     world.gpu["processes"] = [asdict(process)]
 
 
+def said_by_the_kernel(world: World, text: str) -> None:
+    world.gpu["kernel_log"] = asdict(gpu_info.parse_kernel_log(text))
+
+
 def xid_79(world: World) -> None:
     line = "NVRM: Xid (PCI:0000:1b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus."
-    world.gpu["kernel_log"] = asdict(gpu_info.parse_kernel_log(line))
+    said_by_the_kernel(world, line)
+
+
+def link_down(world: World) -> None:
+    said_by_the_kernel(world, kernel_log("nvlink.log"))
+
+
+def gsp_silent(world: World) -> None:
+    said_by_the_kernel(world, kernel_log("gsp.log"))
+
+
+def asks_to_drain(world: World) -> None:
+    said_by_the_kernel(world, "\n".join(kernel_log("recovered.log").splitlines()[:2]))
+
+
+def fatal_sxid(world: World) -> None:
+    said_by_the_kernel(world, "\n".join(line for line in kernel_log("switch.log").splitlines() if "SXid" in line))
 
 
 def bus_drop(world: World) -> None:
-    line = "kernel: NVRM: GPU 0000:52:00.0: GPU has fallen off the bus."
-    world.gpu["kernel_log"] = asdict(gpu_info.parse_kernel_log(line))
+    said_by_the_kernel(world, "kernel: NVRM: GPU 0000:52:00.0: GPU has fallen off the bus.")
 
 
 def gpu_gone_from_the_driver(world: World) -> None:
@@ -310,7 +334,48 @@ FAULTS: list[tuple[Callable[[World], None], str, list[str]]] = [
         ["CUDA 13.0.1", "at most 12.8", "glm_image", "driver 580", "glm_allow_cuda_compat"],
     ),
     (foreign_process, "gpu_process", ["python3 (pid 4711, container notebook) on GPU 1", "stop it"]),
-    (xid_79, "xid", ["Xid 79 on 0000:1b:00", "wanted none", "reboot"]),
+    (
+        xid_79,
+        "xid",
+        [
+            "fatal GPU errors in the kernel log since boot (found Xid 79 (GPU has fallen off the bus) on 0000:1b:00, "
+            "wanted none): reboot the node",
+            "preflight_fatal_xids",
+        ],
+    ),
+    (
+        link_down,
+        "xid",
+        [
+            "found Xid 149 (NVLink NETIR error, fatal) on 0000:52:00, "
+            "Xid 154 (the driver asks for: GPU Reset Required) on 0000:52:00, wanted none",
+            "Xid 149: reset the GPUs",
+            "nvidia-smi nvlink",
+            "Xid 154: reset the GPU with `nvidia-smi --gpu-reset`",
+        ],
+    ),
+    (
+        gsp_silent,
+        "xid",
+        [
+            "Xid 119 (GSP RPC timeout) on 0000:9d:00",
+            "Xid 154 (the driver asks for: GPU Reset Required) on 0000:9d:00",
+            "Xid 120 (GSP error) on 0000:c3:00",
+            "Xid 154 (the driver asks for: OS Reboot) on 0000:c3:00",
+            "Xid 119, Xid 154, Xid 120: reset the GPU",
+            "Xid 154: reboot the node",
+        ],
+    ),
+    (asks_to_drain, "xid", ["the driver asks for: Drain P2P) on 0000:61:00", "stop every program that uses NVLink"]),
+    (
+        fatal_sxid,
+        "sxid",
+        [
+            "found SXid 20034 (LTSSM Fault Up) on nvidia-nvswitch1 (0000:08:00.0) link 48, "
+            "nvidia-nvswitch0 (0000:07:00.0) link 63, wanted none",
+            "reboot the node",
+        ],
+    ),
     (bus_drop, "bus_drop", ["0000:52:00.0", "wanted none", "power-cycle"]),
     (gpu_gone_from_the_driver, "gpu_lost", ["0000:f1:00.0", "reboot"]),
     (full_disk, "disk_space", ["500.0 GiB free", "703.7 GiB for the rest of the weights", "glm_data_dir"]),
@@ -445,6 +510,95 @@ def test_warnings_do_not_refuse(world: World) -> None:
     )
     assert world.findings() == []
     assert {"persistence", "ecc", "xid"} <= {warning["id"] for warning in world.warnings()}
+
+
+def lines_of(warnings: list[dict[str, str]], check: str) -> list[str]:
+    return [warning["line"] for warning in warnings if warning["id"] == check]
+
+
+def test_errors_of_programs_do_not_refuse(world: World) -> None:
+    said_by_the_kernel(world, kernel_log("program.log"))
+    assert world.findings() == []
+    (line,) = lines_of(world.warnings(), "xid")
+    for word in (
+        "found Xid 13 (graphics engine exception) on 0000:43:00, ",
+        "Xid 13, Xid 43, Xid 31: a program's fault",
+        "Xid 63: nothing to do",
+        "Xid 94: restart the program",
+    ):
+        assert word in line
+
+
+def test_what_the_driver_no_longer_asks_for_is_not_said(world: World) -> None:
+    said_by_the_kernel(world, kernel_log("recovered.log"))
+    assert world.findings() == []
+    (line,) = lines_of(world.warnings(), "xid")
+    assert "found Xid 145 (NVLink RLW error, not fatal) on 0000:61:00, wanted none" in line
+    assert "154 (" not in line
+
+
+def test_the_last_action_counts_for_each_gpu(world: World) -> None:
+    said_by_the_kernel(world, kernel_log("nvlink.log") + kernel_log("recovered.log"))
+    (finding,) = world.findings()
+    assert "0000:52:00" in finding["line"]
+    assert "0000:61:00" not in finding["line"]
+
+
+@pytest.mark.parametrize("code", [46, 48, 62, 64, 74, 79, 95, 119, 120, 150])
+def test_codes_that_refuse(world: World, code: int) -> None:
+    said_by_the_kernel(world, f"NVRM: Xid (PCI:0000:1b:00): {code}, pid=1, name=python3, what was said of it")
+    assert [finding["id"] for finding in world.findings()] == ["xid"]
+
+
+@pytest.mark.parametrize("code", [8, 13, 31, 43, 45, 63, 94, 154])
+def test_codes_that_only_warn(world: World, code: int) -> None:
+    said_by_the_kernel(world, f"NVRM: Xid (PCI:0000:1b:00): {code}, pid=1, name=python3, what was said of it")
+    assert world.findings() == []
+    assert len(lines_of(world.warnings(), "xid")) == 1
+
+
+def test_an_unknown_code_is_said_to_be_one(world: World) -> None:
+    said_by_the_kernel(world, "NVRM: Xid (PCI:0000:1b:00): 999, something new")
+    assert world.findings() == []
+    (line,) = lines_of(world.warnings(), "xid")
+    assert "found Xid 999 (unknown code) on 0000:1b:00" in line
+    assert "see NVIDIA's Xid catalogue" in line
+
+
+def test_the_users_own_codes_win(world: World) -> None:
+    world.wanted["fatal_xids"] = [63]
+    said_by_the_kernel(world, kernel_log("program.log") + kernel_log("nvlink.log"))
+    (finding,) = world.findings()
+    assert "found Xid 63 (memory row remap recorded) on 0000:c3:00, wanted none" in finding["line"]
+    assert "Xid 149 (NVLink NETIR error, fatal) on 0000:52:00" in lines_of(world.warnings(), "xid")[0]
+    world.wanted["fatal_xids"] = [0]
+    assert world.findings() == []
+
+
+def test_sxids_that_are_not_fatal_warn(world: World) -> None:
+    said_by_the_kernel(world, "\n".join(kernel_log("switch.log").splitlines()[:6]))
+    assert world.findings() == []
+    (line,) = lines_of(world.warnings(), "sxid")
+    place = "nvidia-nvswitch3 (0000:0a:00.0) link 32"
+    assert f"found SXid 12028 (egress non-posted PRIV error) on {place}, wanted none" in line
+    assert "Fabric Manager user guide" in line
+
+
+@pytest.mark.parametrize(
+    ("action", "cure"),
+    [
+        ("Reset", "--gpu-reset"),
+        ("Reboot", "reboot the node"),
+        ("Drain P2P", "stop every program that uses NVLink"),
+        ("Drain and Reset", "let the GPU's work end"),
+        ("Recover IMEX Domain", "do as the driver asks"),
+    ],
+)
+def test_what_nvidia_smi_asks_for_has_its_cure(world: World, action: str, cure: str) -> None:
+    world.gpu["gpus"][2]["recovery_action"] = action
+    (finding,) = world.findings()
+    assert action in finding["line"]
+    assert cure in finding["fix"]
 
 
 def test_judging_leaves_what_was_seen_alone(world: World) -> None:
