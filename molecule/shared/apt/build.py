@@ -56,6 +56,9 @@ def copy_tree(source: Path, root: Path, values: dict[str, str]) -> None:
         if path.is_symlink():
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(fill(os.readlink(path), values))
+        elif path.name.endswith(".so.1.c"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            run("tcc", "-shared", "-o", str(target.with_suffix("")), str(path))
         elif path.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(fill(path.read_text(), values))
