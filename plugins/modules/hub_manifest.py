@@ -23,6 +23,10 @@ options:
     description: Commit, tag or branch.
     type: str
     required: true
+  ca:
+    description: Certificates of a private authority, as PEM, to be trusted beside the system's.
+    type: str
+    default: ""
   token:
     description: Access token; empty for none.
     type: str
@@ -79,6 +83,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import open_url
+from ansible_collections.glm.fleet.plugins.module_utils.authority import ca_path
 
 # A longer Retry-After is reported instead of waited for: the user decides.
 LONGEST_WAIT = 30
@@ -92,11 +97,14 @@ class HubError(Exception):
 class Hub:
     """The two calls of the hub's HTTP API that a manifest needs."""
 
-    def __init__(self, endpoint: str, token: str = "", timeout: float = 20, retries: int = 2) -> None:
+    def __init__(
+        self, endpoint: str, token: str = "", timeout: float = 20, retries: int = 2, ca_path: str | None = None
+    ) -> None:
         self.endpoint = endpoint.rstrip("/")
         self.token = token
         self.timeout = timeout
         self.retries = retries
+        self.ca_path = ca_path
 
     def get(self, url: str) -> tuple[Any, str]:
         """The JSON at url and the address of the next page ('' on the last one)."""
@@ -126,6 +134,7 @@ class Hub:
             headers=headers,
             unredirected_headers=["Authorization"],  # a redirect to another host must not carry the token
             use_netrc=False,
+            ca_path=self.ca_path,
             timeout=self.timeout,
             http_agent="glm-fleet",
         ) as response:
@@ -263,6 +272,7 @@ def main() -> None:
             "endpoint": {"type": "str", "default": "https://huggingface.co"},
             "repo": {"type": "str", "required": True},
             "revision": {"type": "str", "required": True},
+            "ca": {"type": "str", "default": ""},
             "token": {"type": "str", "default": "", "no_log": True},
             "timeout": {"type": "int", "default": 20},
             "retries": {"type": "int", "default": 2},
@@ -271,11 +281,12 @@ def main() -> None:
         supports_check_mode=True,
     )
     params = module.params
-    hub = Hub(params["endpoint"], params["token"], params["timeout"], params["retries"])
-    try:
-        manifest, error = hub.manifest(params["repo"], params["revision"]), ""
-    except HubError as exc:
-        manifest, error = {}, str(exc)
+    with ca_path(params["ca"]) as path:
+        hub = Hub(params["endpoint"], params["token"], params["timeout"], params["retries"], path)
+        try:
+            manifest, error = hub.manifest(params["repo"], params["revision"]), ""
+        except HubError as exc:
+            manifest, error = {}, str(exc)
     if error and params["fail_on_error"]:
         module.fail_json(msg=error, manifest={}, error=error)
     module.exit_json(changed=False, manifest=manifest, error=error)

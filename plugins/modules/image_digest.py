@@ -20,6 +20,10 @@ options:
     description: Address of a mirror of Docker Hub that is asked in its place. Empty for none.
     type: str
     default: ''
+  ca:
+    description: Certificates of a private authority, as PEM, to be trusted beside the system's.
+    type: str
+    default: ""
   platform:
     description: Which image of an index to read.
     type: str
@@ -80,6 +84,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import open_url
+from ansible_collections.glm.fleet.plugins.module_utils.authority import ca_path
 
 DOCKER_HUB = "docker.io"
 DOCKER_HUB_API = "https://registry-1.docker.io"
@@ -119,8 +124,10 @@ class Reference:
 class Registry:
     """Read access to one repository over the registry's HTTP API."""
 
-    def __init__(self, reference: Reference, mirror: str, timeout: int, retries: int) -> None:
-        self.path, self.timeout, self.retries = reference.path, timeout, retries
+    def __init__(
+        self, reference: Reference, mirror: str, timeout: int, retries: int, ca_path: str | None = None
+    ) -> None:
+        self.path, self.timeout, self.retries, self.ca_path = reference.path, timeout, retries, ca_path
         if reference.registry == DOCKER_HUB:
             self.base = (mirror or DOCKER_HUB_API).rstrip("/")
             if "://" not in self.base:
@@ -186,6 +193,7 @@ class Registry:
                     # Not to be sent on to the store that a blob's address redirects to: that one would refuse it.
                     unredirected_headers=["Authorization"],
                     use_netrc=False,
+                    ca_path=self.ca_path,
                     timeout=self.timeout,
                     http_agent="glm-fleet",
                 ) as answer:
@@ -253,9 +261,11 @@ def cuda_release(env: dict[str, str], labels: dict[str, str]) -> str | None:
     return found.group() if found else None
 
 
-def resolve(ref: str, mirror: str, platform: str, timeout: int, retries: int) -> dict[str, Any]:
+def resolve(
+    ref: str, mirror: str, platform: str, timeout: int, retries: int, *, ca_path: str | None = None
+) -> dict[str, Any]:
     reference = Reference(ref)
-    registry = Registry(reference, mirror, timeout, retries)
+    registry = Registry(reference, mirror, timeout, retries, ca_path)
     manifest, digest = registry.manifest(reference.tag or reference.digest)
     if reference.digest and digest != reference.digest:
         raise Problem(
@@ -283,6 +293,7 @@ def main() -> None:
         argument_spec={
             "ref": {"type": "str", "required": True},
             "mirror": {"type": "str", "default": ""},
+            "ca": {"type": "str", "default": ""},
             "platform": {"type": "str", "default": "linux/amd64"},
             "timeout": {"type": "int", "default": 20},
             "retries": {"type": "int", "default": 2},
@@ -290,13 +301,15 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    fail = module.params.pop("fail_on_error")
+    fail, certificates = module.params.pop("fail_on_error"), module.params.pop("ca")
     try:
-        module.exit_json(changed=False, error="", image=resolve(**module.params))
+        with ca_path(certificates) as path:
+            image, error = resolve(**module.params, ca_path=path), ""
     except Problem as problem:
-        if fail:
-            module.fail_json(msg=str(problem), error=str(problem), image={})
-        module.exit_json(changed=False, error=str(problem), image={})
+        image, error = {}, str(problem)
+    if error and fail:
+        module.fail_json(msg=error, error=error, image={})
+    module.exit_json(changed=False, error=error, image=image)
 
 
 if __name__ == "__main__":
