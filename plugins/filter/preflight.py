@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 # Ansible loads a filter by its file and puts no folder of a project's own on the path.
@@ -60,6 +61,10 @@ class Context:
     def model(self) -> Mapping[str, Any]:
         found: Mapping[str, Any] = self.node["models"].get(self.wanted["model_directory"], {})
         return found
+
+    @property
+    def image_directory(self) -> str:
+        return str(self.node["docker"]["image_root"] or self.wanted["docker_directory"])
 
 
 Rule = Callable[[Context], Iterator[Finding]]
@@ -166,15 +171,27 @@ def needs_by_mount(c: Context) -> dict[str, tuple[int, int, list[str]]]:
             total, _free, purposes = needs.get(disk["mount"], (0, 0, []))
             needs[disk["mount"]] = (total + size, disk["free_bytes"], [*purposes, f"{gib(size)} {purpose}"])
 
-    data, docker = c.wanted["data_directory"], c.node["docker"]["root_dir"] or c.wanted["docker_directory"]
+    data = c.wanted["data_directory"]
     if not c.weights_present:
         there = c.model.get("partial_bytes", 0)
         add(data, c.wanted["weights"].get("total_bytes", 0) - there, "for the rest of the weights")
     if not c.image_present:
         unpacked = (c.wanted["image"].get("size_bytes") or 0) * c.wanted["image_unpacked_factor"]
-        add(docker, int(unpacked), "for the image")
+        add(c.image_directory, int(unpacked), "for the image")
     add(data, int(c.wanted["disk_reserve_gib"] * GIB), "in reserve")
     return needs
+
+
+def larger_disk(c: Context, mount: str) -> str:
+    """How what fills a file system goes to another: the data, else the image."""
+    if c.node["disks"].get(c.wanted["data_directory"], {}).get("mount") == mount:
+        return "set glm_data_dir to a path on a larger disk"
+    images, docker = PurePosixPath(c.image_directory), c.node["docker"]["root_dir"]
+    # Docker's own containerd lies in Docker's directory, and moves with it.
+    of_docker = docker in map(str, [images, *images.parents]) if docker else images.name != "containerd"
+    if of_docker:
+        return f"move Docker's {docker or images} to a larger disk (data-root in /etc/docker/daemon.json)"
+    return f"move containerd's {images} to a larger disk (root in /etc/containerd/config.toml)"
 
 
 @refusal
@@ -185,7 +202,7 @@ def disk_space(c: Context) -> Iterator[Finding]:
                 "disk_space",
                 f"the file system at {mount} is too full (found {gib(free)} free, wanted {gib(needed)}: "
                 f"{', '.join(purposes)})",
-                "free space there, or set glm_data_dir to a path on a larger disk",
+                f"free space there, or {larger_disk(c, mount)}",
             )
 
 

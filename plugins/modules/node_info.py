@@ -11,7 +11,8 @@ description:
   - Read-only. Never fails because something is absent; what is absent is null or empty in the answer.
 options:
   paths:
-    description: Paths whose file system's space and inodes to report, beside Docker's. A path need not exist yet.
+    description: >-
+      Paths whose file system's space and inodes to report, beside that of Docker's images. A path need not exist yet.
     type: list
     elements: str
     default: []
@@ -126,7 +127,7 @@ from typing import Any, Callable, TypedDict
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.facts.system.distribution import DistributionFactCollector
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node import cdi
-from ansible_collections.glm.fleet.plugins.module_utils.glm_node.docker import docker_get, docker_runs
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.docker import docker_get, docker_runs, image_root
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_text
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.processes import open_files, parse_container_id
 
@@ -460,6 +461,7 @@ def docker(info: dict[str, Any] | None, container_names: dict[str, str]) -> dict
         "running": info is not None,
         "version": version,
         "root_dir": (info or {}).get("DockerRootDir"),
+        "image_root": image_root(info) if info else None,
         "live_restore": (info or {}).get("LiveRestoreEnabled"),
         "cgroup_driver": (info or {}).get("CgroupDriver"),
         "containers_running": sorted(container_names.values()),
@@ -597,7 +599,7 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
             "memory_bytes": parse_memory(read_text("/proc/meminfo")),
             "shm_bytes": shm_bytes(),
             "nofile_limit": open_files_limit(),
-            "disks": {path: disk(path) for path in [*params["paths"], (info or {}).get("DockerRootDir")] if path},
+            "disks": {path: disk(path) for path in [*params["paths"], image_root(info) if info else ""] if path},
             "ports": ports(params["ports"], container_names),
             "packages": {name: versions[name] for name in params["packages"]},
             "docker": docker(info, container_names),

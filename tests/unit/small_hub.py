@@ -53,6 +53,8 @@ class SmallHub(ThreadingHTTPServer):
         self.pause = 0.0
         # What the head of a file gives as its size, where that is not true.
         self.sizes: dict[str, int] = {}
+        # Whether the shards are in a Xet store, which takes connections and never answers.
+        self.xet = False
         self.downloads: Counter[str] = Counter()
         self.authorizations: list[str] = []
 
@@ -105,6 +107,12 @@ class Handler(BaseHTTPRequestHandler):
                 return self.answer(status, b"{}", headers)
         if hub.need_token and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.answer(401, b"{}")
+        if path == "/xet/token":
+            access = {"Cas-Url": f"{hub.endpoint}/xet/store", "Access-Token": "x", "Token-Expiration": "9999999999"}
+            return self.answer(200, b"{}", {f"X-Xet-{name}": value for name, value in access.items()})
+        if path.startswith("/xet/store"):
+            time.sleep(30)
+            return self.answer(503)
         if path == f"/api/models/{REPO}":
             return self.answer(200, b"{}")
         if path.startswith(f"/api/models/{REPO}/revision/"):
@@ -132,6 +140,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "GET" and self.headers["User-Agent"] != "glm-fleet":  # that asks for the manifest
             self.server.downloads[path] += 1
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": revision}
+        if self.server.xet and path.endswith(".safetensors"):
+            headers.update({"X-Xet-Hash": etag, "X-Xet-Refresh-Route": f"{self.server.endpoint}/xet/token"})
         if path in self.server.sizes:
             headers["X-Linked-Size"] = str(self.server.sizes[path])
         return self.answer(200, content, headers)

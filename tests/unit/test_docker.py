@@ -48,3 +48,39 @@ def test_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(docker, "SOCKET", str(tmp_path / "docker.sock"))
     assert docker.docker_get("/info") is None
     assert docker.docker_runs() is False
+
+
+CONTAINERD = {"DockerRootDir": "/data/docker", "DriverStatus": [["driver-type", "io.containerd.snapshotter.v1"]]}
+
+
+@pytest.fixture
+def containerd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The system's containerd: its socket and its configuration."""
+    for name in ("SOCKET", "CONFIG"):
+        monkeypatch.setattr(docker, f"CONTAINERD_{name}", str(tmp_path / name))
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize("status", [None, [["Backing Filesystem", "extfs"]]])
+def test_images_are_in_dockers_directory(containerd: Path, status: Any) -> None:
+    assert docker.image_root({"DockerRootDir": "/data/docker", "DriverStatus": status}) == "/data/docker"
+    assert docker.image_root({}) == "/var/lib/docker"
+
+
+@pytest.mark.parametrize(
+    ("config", "root"),
+    [
+        ("", "/var/lib/containerd"),
+        ("version = 3\n# root = '/no'\nroot = '/data/containerd'\n", "/data/containerd"),
+        ('[plugins]\n  root = "/of/a/plugin"\n', "/var/lib/containerd"),
+    ],
+)
+def test_images_are_in_containerds_directory(containerd: Path, config: str, root: str) -> None:
+    (containerd / "CONFIG").write_text(config)
+    assert docker.image_root(CONTAINERD) == root
+
+
+def test_docker_may_have_a_containerd_of_its_own(containerd: Path) -> None:
+    (containerd / "SOCKET").unlink()
+    assert docker.image_root(CONTAINERD) == "/data/docker/containerd"

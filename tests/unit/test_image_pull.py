@@ -10,7 +10,9 @@ import socketserver
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
@@ -55,7 +57,7 @@ class Quiet(BaseHTTPRequestHandler):
 
 
 class Docker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-    """Each pull answers with the next list of messages; `has` is what is there afterwards."""
+    """Each pull answers with the next messages, a number for seconds of silence; `has` is what is there afterwards."""
 
     daemon_threads = True
 
@@ -65,6 +67,8 @@ class Docker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self.pulls: list[Any] = []
         self.asked: list[str] = []
         self.has = [IMAGE]
+        self.info: dict[str, Any] = {"DockerRootDir": "/data/docker"}
+        self.hung_up = threading.Semaphore(0)
 
 
 class DockerHandler(Quiet):
@@ -75,7 +79,7 @@ class DockerHandler(Quiet):
 
     def do_GET(self) -> None:
         if self.path == "/info":
-            return self.answer(200, b'{"DockerRootDir": "/data/docker"}')
+            return self.answer(200, json.dumps(self.server.info).encode())
         return self.answer(200, json.dumps({"RepoDigests": self.server.has}).encode())
 
     def do_POST(self) -> None:
@@ -83,7 +87,27 @@ class DockerHandler(Quiet):
         messages = self.server.pulls.pop(0)
         if isinstance(messages, bytes):
             return self.answer(500, messages)
-        return self.answer(200, b"".join(json.dumps(message).encode() + b"\r\n" for message in messages))
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        try:
+            for message in messages:
+                if isinstance(message, float):
+                    time.sleep(message)
+                else:
+                    self.chunk(json.dumps(message).encode() + b"\r\n")
+            self.chunk(b"")
+        except BrokenPipeError:
+            self.close_connection = True
+            self.server.hung_up.release()
+        return None
+
+    def chunk(self, content: bytes) -> None:
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(content), content))
+
+    def finish(self) -> None:
+        with suppress(BrokenPipeError):
+            super().finish()
 
 
 @pytest.fixture
@@ -95,14 +119,14 @@ def docker(tmp_path: Path) -> Iterator[Docker]:
     server.server_close()
 
 
-def fetch(docker: Docker, mirror: str = "", attempts: int = 1) -> None:
-    image_pull.fetch(IMAGE, 100, mirror, attempts=attempts, delay=0, path=docker.path)
+def fetch(docker: Docker, mirror: str = "", attempts: int = 1, stall: float = 10) -> None:
+    image_pull.fetch(IMAGE, 100, mirror, attempts=attempts, delay=0, stall=stall, path=docker.path)
 
 
-def failure(docker: Docker, *messages: Any, mirror: str = "") -> str:
+def failure(docker: Docker, *messages: Any, mirror: str = "", attempts: int = 1, stall: float = 10) -> str:
     docker.pulls = list(messages)
     with pytest.raises(image_pull.Failure) as raised:
-        fetch(docker, mirror)
+        fetch(docker, mirror, attempts, stall)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -124,7 +148,7 @@ def test_an_image_under_another_digest_is_no_success(docker: Docker) -> None:
 
 
 def test_progress_tells_bytes_rate_and_time() -> None:
-    progress = image_pull.Progress(4_000_000_000)
+    progress = image_pull.Progress(4_000_000_000, 300)
     texts = [progress.text(0)]
     for now, message in enumerate(
         [
@@ -157,11 +181,79 @@ def test_progress_tells_bytes_rate_and_time() -> None:
     ]
 
 
-def test_an_unreachable_registry_is_tried_again(docker: Docker) -> None:
-    down = error('Get "https://registry-1.docker.io/v2/": dial tcp 1.2.3.4:443: connect: connection refused')
-    docker.pulls = [down, down, []]
+@pytest.mark.parametrize(
+    "text",
+    [
+        'Get "https://registry-1.docker.io/v2/": dial tcp 1.2.3.4:443: connect: connection refused',
+        "received unexpected HTTP status: 503 Service Unavailable",
+        'error parsing HTTP 502 response body: invalid character "<"',
+        "failed to copy: httpReadSeeker: failed open: unexpected status from GET request to https://r/v2/x/blobs/"
+        "sha256:404: 504 Gateway Timeout",
+        "stream error: stream ID 7; INTERNAL_ERROR; received from peer",
+        "unexpected EOF",
+    ],
+)
+def test_what_passes_is_tried_again(docker: Docker, text: str) -> None:
+    docker.pulls = [error(text), error(text), []]
     fetch(docker, attempts=3)
     assert len(docker.asked) == 3
+
+
+HALF = layer("a", "Downloading", 50, 100)
+WHOLE = [layer("a", "Downloading", 100, 100), layer("a", "Download complete")]
+
+
+def again_and_again(message: dict[str, Any]) -> Iterable[Any]:
+    while True:
+        yield message
+        yield 0.05
+
+
+@pytest.mark.parametrize("silence", [[HALF, 0.6, HALF], again_and_again(HALF)], ids=["nothing", "the same"])
+def test_a_download_that_stalls_is_begun_again(docker: Docker, silence: Any) -> None:
+    docker.pulls = [silence, [HALF, *WHOLE, layer("a", "Pull complete")]]
+    fetch(docker, attempts=2, stall=0.2)
+    assert docker.hung_up.acquire(timeout=5), "Docker goes on with a pull as long as somebody listens"
+    assert len(docker.asked) == 2
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        [*WHOLE, layer("b", "Waiting")],
+        [layer("b", "Downloading", 1, 9), *WHOLE],
+    ],
+    ids=["waits", "is half there"],
+)
+def test_one_of_two_layers_that_stalls(docker: Docker, begun: list[Any]) -> None:
+    assert "stalled" in failure(docker, [*begun, 0.5, layer("b", "Pull complete")], stall=0.2)
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [WHOLE, [layer("a", "Pulling fs layer")], [*WHOLE, layer("a", "Extracting", 1, 100)]],
+    ids=["checks", "has all layers", "unpacks"],
+)
+def test_docker_may_work_in_silence(docker: Docker, begun: list[Any]) -> None:
+    docker.pulls = [[*begun, 0.5, layer("a", "Pull complete")]]
+    fetch(docker, stall=0.2)
+
+
+@pytest.mark.parametrize(
+    ("store", "says"),
+    [
+        (None, "Docker will begin with the first layer again"),
+        ([["driver-type", "io.containerd.snapshotter.v1"]], "complete layers are kept"),
+    ],
+)
+def test_a_pull_that_stalls_each_time(docker: Docker, store: Any, says: str) -> None:
+    docker.info["DriverStatus"] = store
+    line = failure(docker, [HALF, 0.4], [HALF, 0.4], attempts=2, stall=0.2)
+    assert line.startswith(f"the pull of {IMAGE} stalled: no byte for 0.2 s, 2 times; {says}: ")
+
+
+def test_a_registry_that_stalls_before_the_first_word(docker: Docker) -> None:
+    assert "1 time;" in failure(docker, [0.6], stall=0.1)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +263,11 @@ def test_an_unreachable_registry_is_tried_again(docker: Docker) -> None:
         ("filesystem layer verification failed for digest sha256:1", "what the registry sent for vllm/vllm-openai@"),
         ("manifest unknown: manifest unknown", f"the registry has no {IMAGE}"),
         ("toomanyrequests: You have reached your limit", "the registry answers 429"),
+        ("unexpected status from GET request to https://r/v2/x: 429 Too Many Requests", "the registry answers 429"),
+        ('error parsing HTTP 429 response body: unexpected end of JSON input: ""', "the registry answers 429"),
+        (f"failed to resolve vllm@sha256:{'429' * 21}0: not found", f"the registry has no {IMAGE}"),
+        ("pull from r:4290 and r:429 denied", "the registry refuses"),
+        ("manifest for vllm@sha256:a503b: not found", f"the registry has no {IMAGE}"),
         ("pull access denied for x", "the registry refuses"),
         ("dial tcp: lookup r: no such host", "the registry cannot be reached: dial tcp"),
         ("something new", "something new"),
@@ -179,6 +276,16 @@ def test_an_unreachable_registry_is_tried_again(docker: Docker) -> None:
 )
 def test_what_docker_says_becomes_one_line(docker: Docker, text: str, says: str) -> None:
     assert failure(docker, [{"error": text}]).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("status", "tries"), [(503, 2), (404, 1)], ids=["an ill mirror is asked again", "one without the image is not"]
+)
+def test_a_mirror_in_trouble(docker: Docker, mirror: Any, status: int, tries: int) -> None:
+    mirror.reply = (status, b"")
+    down = error("dial tcp: no such host")
+    assert f"{status}" in failure(docker, down, down, mirror=mirror.url, attempts=2)
+    assert len(docker.asked) == tries
 
 
 def test_an_answer_that_is_no_stream(docker: Docker) -> None:
@@ -244,7 +351,14 @@ def test_a_mirror_that_is_down(docker: Docker) -> None:
 
 def test_no_docker(tmp_path: Path) -> None:
     with pytest.raises(image_pull.Failure, match="Docker does not answer"):
-        image_pull.fetch(IMAGE, 0, "", attempts=1, delay=0, path=str(tmp_path / "none"))
+        image_pull.fetch(IMAGE, 0, "", attempts=1, delay=0, stall=10, path=str(tmp_path / "none"))
+
+
+def test_a_docker_that_refuses_is_not_taken_for_the_registry(tmp_path: Path) -> None:
+    path = str(tmp_path / "docker.sock")
+    socketserver.UnixStreamServer(path, DockerHandler).server_close()
+    with pytest.raises(image_pull.Failure, match=r"^Docker does not answer \(.*refused\)"):
+        image_pull.fetch(IMAGE, 0, "", attempts=1, delay=0, stall=10, path=path)
 
 
 def test_the_program_wants_a_digest() -> None:

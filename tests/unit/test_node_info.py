@@ -102,6 +102,11 @@ def test_packages_that_are_removed_do_not_count() -> None:
     assert node_info.parse_packages(listing) == {"haproxy": "2.6.12-1"}
 
 
+def test_docker_tells_where_images_lie() -> None:
+    assert node_info.docker({"DockerRootDir": "/data/docker"}, {})["image_root"] == "/data/docker"
+    assert node_info.docker(None, {})["image_root"] is None
+
+
 def test_units() -> None:
     shown = node_info.parse_units(
         "Id=glm-engine.service\nLoadState=loaded\nActiveState=activating\nSubState=start\nUnitFileState=enabled\n"

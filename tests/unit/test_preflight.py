@@ -61,7 +61,7 @@ def node() -> Dict:
         "disks": {path: {**disk, "mount": "/"} for path in ("/var/lib/glm", "/var/lib/docker")},
         "ports": {"8000": free_port(), "8001": free_port()},
         "urls": {name: {"ok": True, "status": 200, "error": None, "seconds": 0.1} for name in ("registry", "hub")},
-        "docker": {"root_dir": None},
+        "docker": {"root_dir": None, "image_root": None},
         "images": {},
         "models": {},
     }
@@ -451,6 +451,31 @@ def test_data_and_docker_on_disks_of_their_own(world: World) -> None:
     world.node["disks"]["/var/lib/docker"].update(mount="/var/lib/docker", free_bytes=GIB)
     (finding,) = world.findings()
     assert "at /var/lib/docker is too full (found 1.0 GiB free, wanted 36.0 GiB" in finding["line"]
+    assert finding["fix"] == (
+        "free space there, or move Docker's /var/lib/docker to a larger disk (data-root in /etc/docker/daemon.json)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("root", "images", "fix"),
+    [
+        (None, "/var/lib/containerd", "containerd's /var/lib/containerd to a larger disk (root in /etc/containerd/"),
+        (
+            "/var/lib/docker",
+            "/srv/containerd",
+            "containerd's /srv/containerd to a larger disk (root in /etc/containerd/",
+        ),
+        ("/srv/docker", "/srv/docker", "Docker's /srv/docker to a larger disk (data-root in /etc/docker/daemon.json)"),
+        ("/srv/docker", "/srv/docker/containerd", "Docker's /srv/docker to a larger disk (data-root in /etc/docker/"),
+    ],
+)
+def test_an_image_is_counted_where_it_will_lie(world: World, root: str | None, images: str, fix: str) -> None:
+    world.wanted["docker_directory"] = "/var/lib/containerd"
+    world.node["docker"].update(root_dir=root, image_root=images if root else None)
+    world.node["disks"][images] = {**world.node["disks"]["/var/lib/docker"], "mount": "/images", "free_bytes": GIB}
+    (finding,) = world.findings()
+    assert "at /images is too full (found 1.0 GiB free, wanted 36.0 GiB: 36.0 GiB for the image)" in finding["line"]
+    assert f"or move {fix}" in finding["fix"]
 
 
 def test_file_system_without_inodes(world: World) -> None:

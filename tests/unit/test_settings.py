@@ -93,6 +93,11 @@ def test_a_setting_reaches_a_role(given: dict[str, dict[str, Any]], name: str) -
         assert [option for option in MAPPED if now[option] != before[option]], "no role is told of it"
 
 
+def test_the_image_is_counted_where_the_docker_that_is_installed_keeps_it(given: dict[str, dict[str, Any]]) -> None:
+    assert given["nothing"]["preflight_docker_directory"] == "/var/lib/containerd"
+    assert given["glm_docker_source"]["preflight_docker_directory"] == "/var/lib/docker"
+
+
 @pytest.mark.parametrize("role", sorted(path.name for path in ROLES.iterdir() if path.name != "glm"))
 def test_what_a_role_is_given_it_uses(role: str) -> None:
     files = [path for path in (ROLES / role).rglob("*.yml") if path.parts[-2] in ("tasks", "vars")]

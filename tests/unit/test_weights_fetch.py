@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -344,7 +344,7 @@ def test_a_vanished_revision_is_named(node: Node) -> None:
     assert f"answers 404 for README.md of {REPO} at revision {REVISION}" in message
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
 def test_a_hub_in_trouble_is_tried_again(node: Node, status: int) -> None:
     node.hub.faults["/resolve/"] = (status, {}, 2)
     node.ok()
@@ -364,9 +364,83 @@ def test_a_hub_that_asks_to_wait_for_long(node: Node) -> None:
     assert "answers 429 (too many requests): try again in 30 min" in node.error(stall_timeout=3)
 
 
+def test_a_hub_that_says_when_to_ask_again(node: Node) -> None:
+    node.hub.faults["/resolve/"] = (429, {"RateLimit": '"resolvers";r=0;t=1800'}, 99)
+    assert "answers 429 (too many requests): try again in 30 min" in node.error()
+
+
+def test_a_wait_that_the_hub_asks_for_is_kept(node: Node) -> None:
+    node.hub.faults["README.md"] = (429, {"Retry-After": "2"}, 1)
+    assert "answers 429 (too many requests); next attempt in 2 s" in node.ok()
+
+
 def test_a_client_that_hangs_is_ended(node: Node) -> None:
     node.hub.pause = 2.5
-    assert "no byte arrived for 1 s" in node.error(stall_timeout=1)
+    assert node.error(stall_timeout=1).endswith(": no byte for 1 s; run it again to go on from here")
+    assert not any("HF_HUB_DISABLE_XET=1" in argv for argv in node.docker_runs())
+
+
+def disabled(runs: list[list[str]]) -> list[bool]:
+    return ["HF_HUB_DISABLE_XET=1" in argv for argv in runs]
+
+
+def test_what_xet_cannot_bring_comes_by_plain_http(node: Node) -> None:
+    node.hub.xet = True
+    out = node.ok(stall_timeout=2, attempts=1)
+    assert "\nno byte for 2 s by Xet: going on by plain HTTP\n" in out
+    runs = node.docker_runs()
+    assert disabled(runs) == [False, True]
+    # The small files, which are not Xet's, came the first time.
+    assert sorted(runs[1][-3:]) == SHARDS
+    assert node.hub.downloads["README.md"] == 1
+    content = node.content()
+    del content[".glm-manifest.json"]
+    assert content == model()
+    # The next run tries Xet again.
+    node.ok(SECOND)
+    assert not disabled(node.docker_runs())[2]
+
+
+def test_neither_xet_nor_plain_http(node: Node) -> None:
+    node.hub.xet = True
+    node.hub.pause = 9
+    message = node.error(stall_timeout=1)
+    assert message.endswith(
+        f"3 of 6 files could not be downloaded, first {SHARDS[0]}: no byte for 1 s by plain HTTP either;"
+        " run it again to go on from here"
+    )
+    assert disabled(node.docker_runs()) == [False, True, True]
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_a_file_is_noted_while_xet_brings_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disabled: bool) -> None:
+    def bring(_repo: str, file: str, **_options: str) -> None:
+        if file == "breaks off":
+            raise OSError(file)
+
+    client = SimpleNamespace(
+        constants=SimpleNamespace(HF_HUB_DISABLE_XET=disabled),
+        hf_hub_url=lambda _repo, file, revision: file,
+        get_hf_file_metadata=lambda url: SimpleNamespace(etag=url, xet_file_data=url != "of git"),
+        hf_hub_download=bring,
+    )
+    monkeypatch.setitem(sys.modules, "huggingface_hub", client)
+    failure = load("hub-download").download(REPO, REVISION, str(tmp_path), ["whole", "of git", "breaks off"])
+    assert failure["file"] == "breaks off"
+    assert [path.name for path in tmp_path.rglob("*.xet")] == ([] if disabled else ["breaks off.xet"])
+
+
+def test_plain_http_does_not_go_on_from_what_xet_began(node: Node) -> None:
+    """Older clients have one name for both: what Xet left has holes, what HTTP left has not."""
+    cache = node.models / f"{REVISION}.partial" / ".cache" / "huggingface" / "download"
+    cache.mkdir(parents=True)
+    by_xet, by_http = "a" * 64, "b" * 64
+    for etag in (by_xet, by_http):
+        (cache / f"hash=.{etag}.incomplete").write_bytes(b"x" * 5000)
+    (cache / f"{by_xet}.xet").touch()
+    node.environment["DOCKER_SAYS"] = "1 Error: no"
+    node.error()
+    assert [path.name for path in cache.iterdir()] == [f"hash=.{by_http}.incomplete"]
 
 
 def test_unreachable_hub(node: Node) -> None:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .files import read_text
+
 SOCKET = "/var/run/docker.sock"
 TIMEOUT = 20  # seconds
+CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
+CONTAINERD_CONFIG = "/etc/containerd/config.toml"
+CONTAINERD_ROOT = "/var/lib/containerd"
 
 
 class Connection(http.client.HTTPConnection):
@@ -50,3 +57,21 @@ def docker_get(path: str, at: str = "") -> Any:
         return None
     finally:
         connection.close()
+
+
+def has_containerd_store(info: Mapping[str, Any]) -> bool:
+    """Whether images are containerd's, as on a new Docker 29; `info` is the API's /info."""
+    return ["driver-type", "io.containerd.snapshotter.v1"] in (info.get("DriverStatus") or [])
+
+
+def image_root(info: Mapping[str, Any]) -> str:
+    """The directory that images fill."""
+    root = str(info.get("DockerRootDir") or "/var/lib/docker")
+    if not has_containerd_store(info):
+        return root
+    if not os.path.exists(CONTAINERD_SOCKET):
+        return f"{root}/containerd"  # of the containerd that Docker starts where the system has none
+    # Only what stands before the first table is containerd's own.
+    settings = re.split(r"^\s*\[", read_text(CONTAINERD_CONFIG), maxsplit=1, flags=re.MULTILINE)[0]
+    found = re.search(r"""^\s*root\s*=\s*["']([^"']+)["']""", settings, re.MULTILINE)
+    return found.group(1) if found else CONTAINERD_ROOT
