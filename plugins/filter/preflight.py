@@ -271,28 +271,45 @@ def unreachable(c: Context, name: str, setting: str) -> Iterator[Finding]:
         )
 
 
-@refusal
-def registry(c: Context) -> Iterator[Finding]:
-    if not c.image_present:
-        yield from unreachable(c, "registry", "glm_registry_mirror")
+# What needs each address, and the setting that names another one.
+ADDRESSES: dict[str, tuple[Callable[[Context], bool], str]] = {
+    "registry": (lambda c: not c.image_present, "glm_registry_mirror"),
+    "registry_token": (lambda c: not c.image_present, "glm_registry_mirror"),
+    "registry_files": (lambda c: not c.image_present, "glm_registry_mirror"),
+    "hub": (lambda c: not c.weights_present, "glm_hf_endpoint"),
+    "hub_files": (lambda c: not c.weights_present, "glm_hf_endpoint"),
+    # Only tried where the packages are not there.
+    "docker_packages": (lambda c: True, "glm_docker_apt_url"),
+    "toolkit_packages": (lambda c: True, "glm_nvidia_container_apt_url"),
+    "driver_packages": (lambda c: not c.driver, "glm_nvidia_apt_url"),
+}
 
 
 @refusal
-def hub(c: Context) -> Iterator[Finding]:
-    if not c.weights_present:
-        yield from unreachable(c, "hub", "glm_hf_endpoint")
+def addresses(c: Context) -> Iterator[Finding]:
+    for name, (needed, setting) in ADDRESSES.items():
+        if needed(c):
+            yield from unreachable(c, name, setting)
 
 
 @warning
-def unneeded_registry(c: Context) -> Iterator[Finding]:
-    if c.image_present:
-        yield from unreachable(c, "registry", "glm_registry_mirror")
+def unneeded_addresses(c: Context) -> Iterator[Finding]:
+    for name in ("registry", "hub"):
+        needed, setting = ADDRESSES[name]
+        if not needed(c):
+            yield from unreachable(c, name, setting)
 
 
 @warning
-def unneeded_hub(c: Context) -> Iterator[Finding]:
-    if c.weights_present:
-        yield from unreachable(c, "hub", "glm_hf_endpoint")
+def environment_proxy(c: Context) -> Iterator[Finding]:
+    found = c.node.get("environment_proxy")
+    if found and not c.wanted["http_proxy"]:
+        yield Finding(
+            "environment_proxy",
+            f"the node's environment has a proxy, which neither Docker nor a unit sees (found {found.split('@')[-1]}, "
+            "wanted none)",
+            "set glm_http_proxy to it, or remove it from the node's environment",
+        )
 
 
 def from_module(check: str, error: str) -> Finding:

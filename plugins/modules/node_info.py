@@ -29,6 +29,33 @@ options:
     description: Seconds for each probe. All run at the same time.
     type: int
     default: 10
+  followed_urls:
+    description: Which of them lead to a file elsewhere, such as on a CDN. Its first byte is asked for.
+    type: list
+    elements: str
+    default: []
+  unneeded_urls:
+    description: Which of them are not tried where one of these packages, which are among O(packages), is installed.
+    type: dict
+    default: {}
+  docker_urls:
+    description: Which of them Docker asks, by its own proxy where it has one.
+    type: list
+    elements: str
+    default: []
+  proxy:
+    description: The proxy by which the addresses are tried; empty for none, whatever the environment says.
+    type: str
+    default: ""
+  no_proxy:
+    description: Hosts and domains that are tried without it.
+    type: list
+    elements: str
+    default: []
+  ca:
+    description: Certificates of a private authority, as PEM, to be trusted beside the system's.
+    type: str
+    default: ""
   packages:
     description: Debian packages whose installed version to report.
     type: list
@@ -105,6 +132,7 @@ import glob
 import grp
 import hashlib
 import http.client
+import ipaddress
 import json
 import os
 import platform
@@ -126,6 +154,7 @@ from typing import Any, Callable, TypedDict
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.facts.system.distribution import DistributionFactCollector
+from ansible_collections.glm.fleet.plugins.module_utils.authority import context
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node import cdi
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.docker import docker_get, docker_runs, image_root
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_text
@@ -358,6 +387,16 @@ def ports(wanted: list[int], container_names: dict[str, str]) -> dict[str, Port]
     return answer
 
 
+class _Follow(urllib.request.HTTPRedirectHandler):
+    """Remembers where it was sent."""
+
+    host = ""
+
+    def redirect_request(self, *arguments: Any) -> Any:
+        self.host = urllib.parse.urlsplit(arguments[-1]).netloc
+        return super().redirect_request(*arguments)
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect is an answer: the address is reachable."""
 
@@ -365,11 +404,41 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def probe(url: str, timeout: int) -> Probe:
+class Way:
+    """How an address is reached: by a proxy or not, and whom to trust."""
+
+    def __init__(self, proxy: str = "", no_proxy: str = "", ca: str = "") -> None:
+        self.proxies = {"http": proxy, "https": proxy} if proxy else {}
+        self.no_proxy = no_proxy
+        self.context = context(ca)
+
+    def opener(self, url: str, redirects: urllib.request.HTTPRedirectHandler) -> urllib.request.OpenerDirector:
+        direct = without_proxy(urllib.parse.urlsplit(url).hostname or "", self.no_proxy)
+        return urllib.request.build_opener(
+            redirects,
+            urllib.request.ProxyHandler({} if direct else self.proxies),
+            urllib.request.HTTPSHandler(context=self.context),
+        )
+
+
+def without_proxy(host: str, no_proxy: str) -> bool:
+    """Whether NO_PROXY names a host, as Docker reads it: names with what is below them, addresses, networks."""
+    for entry in (part.strip().lower() for part in no_proxy.split(",") if part.strip()):
+        if entry == "*" or host == entry.lstrip(".") or host.endswith(f".{entry.lstrip('.')}"):
+            return True
+        with contextlib.suppress(ValueError):
+            if ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False):
+                return True
+    return False
+
+
+def probe(url: str, timeout: int, way: Way, follow: bool = False) -> Probe:
     started = time.monotonic()
     status, error = None, None
+    redirects = _Follow() if follow else _NoRedirect()
     try:
-        with urllib.request.build_opener(_NoRedirect).open(url, timeout=timeout) as answer:
+        request = urllib.request.Request(url, headers={"Range": "bytes=0-0"} if follow else {})  # noqa: S310
+        with way.opener(url, redirects).open(request, timeout=timeout) as answer:
             status = answer.status
     except urllib.error.HTTPError as answer_with_error:
         status = answer_with_error.code
@@ -378,6 +447,8 @@ def probe(url: str, timeout: int) -> Probe:
         error = describe(problem)
     if status is not None and status >= 500:
         error = f"HTTP {status}"
+    if error and isinstance(redirects, _Follow) and redirects.host:
+        error = f"{error}, at {redirects.host}, where it leads to"
     return {"ok": error is None, "status": status, "error": error, "seconds": round(time.monotonic() - started, 3)}
 
 
@@ -584,9 +655,22 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
     begun = time.time()
     toolkit = "nvidia-container-toolkit"
     with ThreadPoolExecutor(max_workers=8) as pool:
-        probes = {name: pool.submit(probe, url, params["url_timeout"]) for name, url in params["urls"].items()}
-        info_job = pool.submit(lambda: docker_get("/info") if docker_runs() else None)
         packages_job = pool.submit(packages, [*params["packages"], toolkit])
+        info_job = pool.submit(lambda: docker_get("/info") if docker_runs() else None)
+        own = Way(params["proxy"], ",".join(params["no_proxy"]), params["ca"])
+
+        def probe_of(name: str, url: str) -> Probe:
+            info = info_job.result() if name in params["docker_urls"] and not params["proxy"] else None
+            docker_proxy = (info or {}).get("HttpsProxy") or (info or {}).get("HttpProxy")
+            # Docker may have a proxy of its own that we did not give it.
+            way = Way(docker_proxy, info.get("NoProxy") or "", params["ca"]) if info and docker_proxy else own
+            return probe(url, params["url_timeout"], way, name in params["followed_urls"])
+
+        def needed(name: str) -> bool:
+            unless = params["unneeded_urls"].get(name, [])
+            return not any(packages_job.result().get(package) for package in unless)
+
+        probes = {name: pool.submit(probe_of, name, url) for name, url in params["urls"].items() if needed(name)}
         units_job = pool.submit(units, params["units"])
         reboot_job = pool.submit(automatic_reboot)
         info = info_job.result()
@@ -611,6 +695,7 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
             "units": units_job.result(),
             "files": {path: sha256(path) for path in params["files"]},
             "managed": managed(params["managed"]),
+            "environment_proxy": os.environ.get("https_proxy") or os.environ.get("http_proxy"),
             "automatic_reboot": reboot_job.result(),
             "container_toolkit": container_toolkit(versions[toolkit]),
             "urls": {name: job.result() for name, job in probes.items()},
@@ -626,6 +711,12 @@ def main() -> None:
             "ports": {"type": "list", "elements": "int", "default": []},
             "urls": {"type": "dict", "default": {}},
             "url_timeout": {"type": "int", "default": 10},
+            "followed_urls": strings,
+            "unneeded_urls": {"type": "dict", "default": {}},
+            "docker_urls": strings,
+            "proxy": {"type": "str", "default": ""},
+            "no_proxy": strings,
+            "ca": {"type": "str", "default": ""},
             "packages": strings,
             "images": strings,
             "models": strings,

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from ansible_collections.glm.fleet.plugins.action import node_info as action
@@ -42,19 +43,93 @@ def server() -> Iterator[str]:
     ("status", "ok"), [(200, True), (302, True), (401, True), (404, True), (429, True), (503, False)]
 )
 def test_any_answer_below_500_will_do(server: str, status: int, ok: bool) -> None:
-    probe = node_info.probe(f"{server}/{status}", 5)
+    probe = node_info.probe(f"{server}/{status}", 5, node_info.Way())
     assert (probe["ok"], probe["status"]) == (ok, status)
 
 
 def test_nobody_answers() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        probe = node_info.probe(f"http://127.0.0.1:{closed.getsockname()[1]}/", 2)
+        probe = node_info.probe(f"http://127.0.0.1:{closed.getsockname()[1]}/", 2, node_info.Way())
     assert (probe["ok"], probe["status"], probe["error"]) == (False, None, "Connection refused")
 
 
 def test_an_address_that_is_none() -> None:
-    assert node_info.probe("nonsense", 1)["ok"] is False
+    assert node_info.probe("nonsense", 1, node_info.Way())["ok"] is False
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub that sends a client on to a CDN, as it does for large files."""
+
+    cdn = ""
+    bytes: str | None = None
+
+    def do_GET(self) -> None:
+        Hub.bytes = self.headers["Range"]
+        self.send_response(302)
+        self.send_header("Location", self.cdn)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_file_is_asked_for_where_the_hub_sends_a_client_on_to(server: str) -> None:
+    http = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{http.server_port}/file"
+    try:
+        Hub.cdn = f"{server}/200"
+        assert node_info.probe(url, 5, node_info.Way(), follow=True)["ok"]
+        assert Hub.bytes == "bytes=0-0", "the file itself may have gigabytes"
+        Hub.cdn = "http://127.0.0.1:1/file"
+        assert node_info.probe(url, 5, node_info.Way())["ok"], "the hub itself answers"
+        said = node_info.probe(url, 5, node_info.Way(), follow=True)["error"]
+        assert said == "Connection refused, at 127.0.0.1:1, where it leads to"
+    finally:
+        http.shutdown()
+        http.server_close()
+
+
+class Proxy(Answers):
+    """A proxy: the request line has the whole address. It counts."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.path = "/200"
+        super().do_GET()
+
+
+def test_an_address_is_tried_by_the_proxy_whatever_the_environment_says(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    http = HTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    proxy = f"http://127.0.0.1:{http.server_port}"
+    Proxy.asked.clear()
+    try:
+        assert node_info.probe("http://hub.example.com/", 5, node_info.Way(proxy))["ok"]
+        assert node_info.probe(f"{server}/200", 5, node_info.Way(proxy, "127.0.0.0/8"))["ok"]
+        monkeypatch.setenv("http_proxy", proxy)
+        assert node_info.probe(f"{server}/200", 5, node_info.Way())["ok"]
+    finally:
+        http.shutdown()
+        http.server_close()
+    assert Proxy.asked == ["http://hub.example.com/"]
+
+
+@pytest.mark.parametrize(
+    ("host", "direct"),
+    [
+        *[("mirror.example.com", True), ("example.com", True), ("notexample.com", False), ("10.1.2.3", True)],
+        *[("11.1.2.3", False), ("hub", True), ("2001:db8::1", True)],
+    ],
+)
+def test_hosts_without_a_proxy_are_known_as_docker_knows_them(host: str, direct: bool) -> None:
+    assert node_info.without_proxy(host, " .example.com, 10.0.0.0/8,hub,2001:db8::/32") is direct
 
 
 def test_listening_ports_name_the_process() -> None:
@@ -233,6 +308,12 @@ def test_nothing_there_is_no_error(tmp_path: Path) -> None:
             "ports": [1],
             "urls": {},
             "url_timeout": 1,
+            "docker_urls": [],
+            "followed_urls": [],
+            "unneeded_urls": {},
+            "proxy": "",
+            "no_proxy": [],
+            "ca": "",
             "packages": ["no-such-package"],
             "images": ["no/such:image"],
             "models": [nothing],

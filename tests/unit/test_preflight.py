@@ -651,3 +651,20 @@ def test_two_nodes_with_one_address() -> None:
     (line,) = names.duplicate_addresses(list(hostvars), hostvars)
     assert line.startswith("inventory: node1 and node2 have one address (found 198.18.0.1 port 22")
     assert "ansible_host" in line
+
+
+def test_addresses_are_refused_only_where_they_are_needed(world: World) -> None:
+    names = ("hub_files", "registry_files", "docker_packages")
+    world.wanted["urls"] = {**world.wanted["urls"], **{name: f"https://{name}.example.com/" for name in names}}
+    for name in names:
+        world.node["urls"][name] = {"ok": False, "status": None, "error": "no answer in time", "seconds": 10}
+    assert [finding["id"] for finding in world.findings()] == ["registry_files", "hub_files", "docker_packages"]
+    assert "set glm_docker_apt_url to a mirror that it reaches" in world.findings()[-1]["line"]
+
+
+def test_a_proxy_that_only_the_environment_has_is_warned_of(world: World) -> None:
+    world.node["environment_proxy"] = "http://user:secret@proxy:3128"
+    (warning,) = [one for one in world.warnings() if one["id"] == "environment_proxy"]
+    assert "found proxy:3128" in warning["line"] and "set glm_http_proxy to it" in warning["line"]
+    world.wanted["http_proxy"] = "http://proxy:3128"
+    assert "environment_proxy" not in [one["id"] for one in world.warnings()]
