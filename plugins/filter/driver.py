@@ -9,10 +9,12 @@ from functools import cached_property
 from typing import Any
 
 # Ansible loads a filter by its file and puts no folder of a project's own on the path.
+from ansible_collections.glm.fleet.plugins.module_utils.apt_sources import repository
 from ansible_collections.glm.fleet.plugins.plugin_utils.findings import Finding, gib, listed, same_version, versions
 
 DISTRIBUTIONS = ("ubuntu2204", "ubuntu2404", "debian12", "debian13")  # as NVIDIA writes them
 MIB = 1024**2
+SIGNATURE = r"NO_PUBKEY|not signed|required signer|signature|GPG|EXPKEYSIG|BADSIG|fingerprint|[Ss]igning key"
 FULL = 64 * MIB  # bytes free below which a failed transaction is put down to the disk
 MOST_OF_A_MESSAGE = 400  # characters, from the end
 # Names that carry a driver's version: of NVIDIA, of Ubuntu's archive (prebuilt modules) and of Debian's.
@@ -84,6 +86,15 @@ class Context:
     @property
     def nouveau(self) -> bool:
         return "nouveau" in self.info["modules"]
+
+    @cached_property
+    def other_sources(self) -> list[Mapping[str, Any]]:
+        """Sources of drivers but for those that name the very repository that the driver is to come from."""
+        return [source for source in self.info["sources"] if source["repository"] != self.wanted_repository]
+
+    @property
+    def wanted_repository(self) -> str:
+        return repository(**self.wanted["repository"])
 
     @cached_property
     def drivers(self) -> dict[str, int]:
@@ -464,7 +475,7 @@ def nouveau(c: Context) -> Iterator[Finding]:
 @rule
 def other_sources(c: Context) -> Iterator[Finding]:
     allowed = c.wanted["remove_conflicting"]
-    left = [source for source in c.info["sources"] if c.packages and not (allowed and source["alone"])]
+    left = [source for source in c.other_sources if c.packages and not (allowed and source["alone"])]
     if left:
         found = listed(f"{source['uri']} in {source['path']}" for source in left)
         mixed = sorted({source["path"] for source in left if not source["alone"]})
@@ -571,7 +582,14 @@ def plan_lines(c: Context) -> list[str]:
 def sources_to_disable(c: Context) -> list[str]:
     """Files, where that is allowed. One that holds other sources, too, stays: a rule names it."""
     allowed = c.packages and c.wanted["remove_conflicting"]
-    return list(dict.fromkeys(source["path"] for source in c.info["sources"] if allowed and source["alone"]))
+    return list(dict.fromkeys(source["path"] for source in c.other_sources if allowed and source["alone"]))
+
+
+def source_to_use(c: Context) -> str:
+    """The node's own source of the wanted repository, as cuda-keyring adds it. apt takes no second key for it."""
+    disabled = sources_to_disable(c)
+    paths = (source["path"] for source in c.info["sources"] if source["repository"] == c.wanted_repository)
+    return next((path for path in paths if path not in disabled), "")
 
 
 def driver_plan(
@@ -595,6 +613,7 @@ def driver_plan(
             name for name in package_set["pinned"] if c.packages and is_newer(c.installed_version(name), c.target)
         ],
         "remove": [name for name in remove if name not in package_set["pinned"]],
+        "source": source_to_use(c),
         "sources_to_disable": sources_to_disable(c),
         "hold": c.to_hold,
         "unhold": [name for name in info["held"] if name in changed],
@@ -745,12 +764,12 @@ def dkms_failure(message: str, info: Mapping[str, Any]) -> str | None:
     )
 
 
-def other_failure(message: str, info: Mapping[str, Any]) -> str:
+def other_failure(message: str, info: Mapping[str, Any], source: str) -> str:
     """apt's own words, with what may help; the line of another task is left as it is."""
     words = apt_words(message)
-    if re.search(
-        r"NO_PUBKEY|not signed|required signer|signature|GPG|EXPKEYSIG|BADSIG|fingerprint|[Ss]igning key", words
-    ):
+    if source and re.search(SIGNATURE, words):
+        return f"apt: {words}: {source} of the node was used as it is: mend its key, or remove it, then run again"
+    if re.search(SIGNATURE, words):
         return f"apt: {words}: set glm_nvidia_apt_key_fingerprint to the fingerprint of the repository's key"
     if re.search(r"Failed to fetch|[Cc]ould not resolve|does not have a Release|Request failed|HTTP", words):
         return f"apt: {words}: check glm_nvidia_apt_url"
@@ -761,13 +780,16 @@ def other_failure(message: str, info: Mapping[str, Any]) -> str:
     return words
 
 
-def driver_failure(message: str, info: Mapping[str, Any]) -> str:
-    """One line for a transaction that failed. `info` is what driver_info saw afterwards."""
+def driver_failure(message: str, info: Mapping[str, Any], source: str = "") -> str:
+    """One line for a transaction that failed.
+
+    `info` is what driver_info saw afterwards, `source` the file of the node's own that was used.
+    """
     for explain in (lock_failure, disk_failure, dkms_failure):
         line = explain(message, info)
         if line:
             return line
-    return other_failure(message, info)
+    return other_failure(message, info, source)
 
 
 def packages_back(now: Mapping[str, str], before: Mapping[str, str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from ipaddress import IPv4Network, ip_address
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -27,6 +28,7 @@ from ansible_collections.glm.fleet.plugins.plugin_utils.xids import (
 
 # In the errors of image_digest and hub_manifest; a node that does not get there either says so itself.
 NOT_REACHED = "cannot be reached"
+DOCKERS_NETWORK = "172.17.0.0/16"  # of docker0, where nothing else is set
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,12 @@ class Context:
     def weights_present(self) -> bool:
         wanted, found = self.wanted["weights"].get("sha256"), self.model.get("manifest_sha256")
         return bool(self.model.get("complete")) and (wanted is None or wanted == found)
+
+    @property
+    def needs_packages(self) -> bool:
+        """Whether apt is to work here, beside what the driver needs."""
+        node = self.node
+        return not (node["docker"]["running"] and node["container_toolkit"] and node["packages"].get("haproxy"))
 
     @property
     def model(self) -> Mapping[str, Any]:
@@ -217,6 +225,111 @@ def inodes(c: Context) -> Iterator[Finding]:
                 f"too few inodes at {disk['mount']} for {path} (found {disk['free_inodes']} free, wanted {minimum})",
                 "delete what holds many small files there, or set glm_data_dir to another disk",
             )
+
+
+# ---- the first boot, apt, Docker
+
+
+@refusal
+def first_boot(c: Context) -> Iterator[Finding]:
+    seen = c.node["cloud_init"]
+    if not seen["finished"]:
+        yield Finding(
+            "cloud_init",
+            f"cloud-init still works on the first boot (found it at work after {seen['waited_seconds']:.0f} s, wanted "
+            "it done)",
+            "see `cloud-init status --long` there, and run again once it is done",
+        )
+
+
+@warning
+def waited_for_first_boot(c: Context) -> Iterator[Finding]:
+    seen = c.node["cloud_init"]
+    if seen["finished"] and seen["waited_seconds"]:
+        yield Finding(
+            "cloud_init",
+            f"cloud-init still worked on the first boot (found it done after {seen['waited_seconds']:.0f} s, wanted it "
+            "done before)",
+            "nothing has to be done",
+        )
+
+
+def apt_keys_conflict(c: Context) -> Iterator[Finding]:
+    for conflict in c.node["apt"]["key_conflicts"]:
+        paths = list(dict.fromkeys(conflict["paths"]))
+        yield Finding(
+            "apt_keys",
+            f"apt refuses all work, since one repository has two keys (found two values of Signed-By for "
+            f"{conflict['source']} in {' and '.join(paths)}, wanted one)",
+            "remove one of the two, and see that `apt-get update` ends well",
+        )
+
+
+@refusal
+def apt_keys(c: Context) -> Iterator[Finding]:
+    if c.needs_packages:
+        yield from apt_keys_conflict(c)
+
+
+@warning
+def unneeded_apt_keys(c: Context) -> Iterator[Finding]:
+    if not c.needs_packages:
+        yield from apt_keys_conflict(c)
+
+
+@refusal
+def docker_snap(c: Context) -> Iterator[Finding]:
+    if c.node["docker"]["snap"]:
+        yield Finding(
+            "docker_snap",
+            "Docker comes from a snap, in which GPUs by CDI and live-restore do not work (found "
+            "snap.docker.dockerd.service, wanted Docker's own packages or the distribution's)",
+            "remove it with `snap remove docker` (its containers and images go with it), or turn it off with "
+            "`snap disable docker` (they stay on the disk)",
+        )
+
+
+def docker_network(config: Mapping[str, Any]) -> IPv4Network | None:
+    """Where Docker puts docker0, by its daemon.json. None where the site has made a bridge for it."""
+    if config.get("bridge"):
+        return None
+    if config.get("bip"):
+        return IPv4Network(config["bip"], strict=False)
+    for pool in config.get("default-address-pools") or []:
+        if ":" not in str(pool["base"]):
+            return next(IPv4Network(pool["base"], strict=False).subnets(new_prefix=int(pool["size"])))
+    return IPv4Network(DOCKERS_NETWORK)
+
+
+@refusal
+def overlapping_network(c: Context) -> Iterator[Finding]:
+    docker, seen = c.node["docker"], c.node["network"]
+    if docker["running"]:
+        return  # it is there already, and the way is not cut
+    fix = "set container_runtime_daemon_config: {bip: 10.255.0.1/24}, or another network that is free at your site"
+    try:
+        network = docker_network({**(docker["daemon_json"] or {}), **c.wanted["docker_config"]})
+    except (ValueError, KeyError, TypeError, StopIteration) as problem:
+        yield Finding("docker_network", f"Docker's network cannot be told (found {problem}, wanted an address)", fix)
+        return
+    ways = [("the controller", seen["controller"])]
+    ways += [("a name server", server) for server in seen["name_servers"]]
+    ways += [("the default gateway", gateway) for gateway in seen["gateways"]]
+    cut = [(name, address) for name, address in ways if network and is_in(address, network)]
+    if cut:
+        yield Finding(
+            "docker_network",
+            f"Docker's own network would cut the way to {listed(dict.fromkeys(address for _name, address in cut))} "
+            f"(found {listed(name for name, _address in cut)} in {network}, wanted nothing of the site there)",
+            fix,
+        )
+
+
+def is_in(address: str | None, network: IPv4Network) -> bool:
+    try:
+        return address is not None and ip_address(address) in network
+    except ValueError:
+        return False
 
 
 # ---- network

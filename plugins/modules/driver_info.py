@@ -81,7 +81,8 @@ driver:
     - C(installed) versions by name; C(half) packages that dpkg has not finished; C(held) packages on hold.
     - C(candidates) for each of the option C(packages) and of C(installed), the versions that apt can fetch, newest
       first.
-    - C(sources) other sources of drivers, C(path), C(uri), and whether the file holds such C(alone).
+    - C(sources) other sources of drivers, C(path), C(uri), the C(repository) that its packages lie in, without scheme,
+      and whether the file holds such C(alone).
     - C(own_sources) text of each of that option's files, null where there is none.
     - C(preferences) files of apt preferences that name NVIDIA.
     - C(secure_boot) true or false, null without UEFI.
@@ -110,6 +111,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.glm.fleet.plugins.module_utils.apt_sources import Source, apt_sources
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.docker import docker_get, docker_runs
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_text
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.processes import open_files
@@ -237,49 +239,28 @@ def parse_policy(text: str) -> dict[str, Policy]:
     return answer
 
 
-def parse_one_line_sources(text: str) -> list[str]:
-    """URI and suite of each line of a sources.list."""
-    entries = []
-    for line in (line.split("#", 1)[0].strip() for line in text.splitlines()):
-        entry = re.match(r"deb(?:-src)?\s+(\[[^\]]*\]\s*)?(\S+)\s+(.+)", line)
-        if entry:
-            entries.append(f"{entry.group(2)} {entry.group(3).strip()}")
-    return entries
-
-
-def parse_stanzas(text: str) -> list[str]:
-    """URIs and suites of each enabled stanza of a deb822 file."""
-    entries = []
-    lines = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
-    for stanza in re.split(r"\n\s*\n", lines):
-        values: dict[str, str] = {}
-        key = ""
-        for line in stanza.splitlines():
-            if line[:1].isspace():
-                values[key] = f"{values.get(key, '')} {line.strip()}"
-            elif ":" in line:
-                key, value = line.split(":", 1)
-                key = key.strip().lower()
-                values[key] = value.strip()
-        if values.get("uris") and values.get("enabled", "yes").lower() not in ("no", "false", "0", "off", "without"):
-            parts = (values.get(name, "").strip() for name in ("uris", "suites", "components"))
-            entries.append(" ".join(part for part in parts if part))
-    return entries
-
-
 def driver_sources(own: list[str], root: str = "/etc/apt") -> list[dict[str, Any]]:
     """Other sources of drivers. NVIDIA's container toolkit has a source of its own, which is none."""
-    base = Path(root)
-    files = [base / "sources.list", *sorted((base / "sources.list.d").glob("*"))]
+    files: dict[str, list[Source]] = {}
+    for source in apt_sources(root):
+        if source.path not in own:
+            files.setdefault(source.path, []).append(source)
     found = []
-    for path in files:
-        if str(path) in own or path.suffix not in (".list", ".sources"):
-            continue
-        entries = (parse_stanzas if path.suffix == ".sources" else parse_one_line_sources)(read_text(path))
+    for path, entries in files.items():
         drivers = [
-            entry for entry in entries if SOURCES_OF_DRIVERS.search(entry) and not OTHER_SOURCES_OF_NVIDIA.search(entry)
+            entry
+            for entry in entries
+            if SOURCES_OF_DRIVERS.search(entry.words) and not OTHER_SOURCES_OF_NVIDIA.search(entry.words)
         ]
-        found += [{"path": str(path), "uri": entry, "alone": len(drivers) == len(entries)} for entry in drivers]
+        found += [
+            {
+                "path": path,
+                "uri": entry.words,
+                "repository": entry.repository if entry.kind == "deb" else "",
+                "alone": len(drivers) == len(entries),
+            }
+            for entry in drivers
+        ]
     return found
 
 

@@ -96,6 +96,12 @@ options:
     description: The deployment's state file.
     type: path
     default: /var/lib/glm/state.json
+  cloud_init_timeout:
+    description:
+      - Seconds to wait first for a cloud-init that is at work. It installs packages and writes apt's sources.
+      - Where there is none, or where it has ended, nothing waits. C(cloud_init) in the answer says how it ended.
+    type: int
+    default: 600
 attributes:
   check_mode:
     description: Reads the same as without it.
@@ -154,6 +160,7 @@ from typing import Any, Callable, TypedDict
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.facts.system.distribution import DistributionFactCollector
+from ansible_collections.glm.fleet.plugins.module_utils.apt_sources import apt_sources, key_conflicts
 from ansible_collections.glm.fleet.plugins.module_utils.authority import context
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node import cdi
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.docker import docker_get, docker_runs, image_root
@@ -161,6 +168,9 @@ from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import re
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.processes import open_files, parse_container_id
 
 LISTEN = "0A"
+CLOUD_INIT = "/run/cloud-init"
+NAME_SERVERS = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")  # the second behind systemd's own
+SNAP_UNIT = "snap.docker.dockerd.service"
 CAP_SYS_RESOURCE = 24
 UNSYNCHRONIZED_MICROSECONDS = 16_000_000  # the kernel's maximum error where nothing disciplines the clock
 UNIT_PROPERTIES = {
@@ -180,6 +190,17 @@ class Clock(TypedDict):
     synchronized: bool | None
     begun: float  # seconds since the epoch, as the module began and ended
     ended: float
+
+
+class CloudInit(TypedDict):
+    finished: bool
+    waited_seconds: float
+
+
+class Network(TypedDict):
+    controller: str | None  # as the node sees it; None where the way is not SSH
+    name_servers: list[str]
+    gateways: list[str]
 
 
 class Disk(TypedDict):
@@ -245,6 +266,26 @@ def run(command: list[str], timeout: int = 20) -> str | None:
     except (subprocess.TimeoutExpired, OSError):
         return None
     return done.stdout.decode("utf-8", "replace")
+
+
+# ---- the first boot
+
+
+def cloud_init_works(root: str) -> bool:
+    base = Path(root)
+    begun = (base / "status.json").exists() and not (base / "disabled").exists()
+    return begun and not (base / "result.json").exists()
+
+
+def cloud_init(timeout: float, root: str = CLOUD_INIT, interval: float = 2) -> CloudInit:
+    """How cloud-init stands, once it has ended or the time is up."""
+    started, works = time.monotonic(), cloud_init_works(root)
+    if not works:
+        return {"finished": True, "waited_seconds": 0}
+    while works and time.monotonic() - started < timeout:
+        time.sleep(interval)
+        works = cloud_init_works(root)
+    return {"finished": not works, "waited_seconds": round(time.monotonic() - started, 1)}
 
 
 # ---- hardware, limits, clock
@@ -397,6 +438,40 @@ class _Follow(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(*arguments)
 
 
+def parse_gateways(routes: str) -> list[str]:
+    """The routers of the default routes in /proc/net/route."""
+    gateways = []
+    for fields in (line.split() for line in routes.splitlines()[1:]):
+        if len(fields) > 7 and (fields[1], fields[7]) == ("0" * 8, "0" * 8) and fields[2] != "0" * 8:
+            gateways.append(parse_address(fields[2]))
+    return gateways
+
+
+def parse_name_servers(text: str) -> list[str]:
+    return re.findall(r"^nameserver\s+(\S+)", text, re.MULTILINE)
+
+
+def controller_address(proc: str = "/proc", pid: int | None = None) -> str | None:
+    """From where SSH came. sudo hides it from its program, so the processes above are looked at, too."""
+    pid = os.getpid() if pid is None else pid
+    while pid > 1:
+        found = re.search(r"(?:^|\0)SSH_(?:CONNECTION|CLIENT)=(\S+)", read_text(f"{proc}/{pid}/environ"))
+        if found:
+            return found.group(1)
+        fields = read_text(f"{proc}/{pid}/stat").rpartition(")")[2].split()
+        pid = int(fields[1]) if len(fields) > 1 else 0
+    return None
+
+
+def network() -> Network:
+    servers = [server for path in NAME_SERVERS for server in parse_name_servers(read_text(path))]
+    return {
+        "controller": controller_address(),
+        "name_servers": list(dict.fromkeys(servers)),
+        "gateways": list(dict.fromkeys(parse_gateways(read_text("/proc/net/route")))),
+    }
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect is an answer: the address is reachable."""
 
@@ -494,6 +569,16 @@ def parse_apt_flag(dump: str, name: str) -> bool:
     return bool(found and found.group(1).lower() in ("1", "yes", "true", "with", "on", "enable"))
 
 
+def apt() -> dict[str, Any]:
+    sources = apt_sources()
+    return {
+        "sources": [{"path": one.path, "repository": one.repository} for one in sources if one.kind == "deb"],
+        "key_conflicts": [
+            {"source": one.words, "paths": [one.path, other.path]} for one, other in key_conflicts(sources)
+        ],
+    }
+
+
 def parse_units(listing: str) -> dict[str, dict[str, Any]]:
     """Blocks of KEY=VALUE, one a unit, from `systemctl show`."""
     answer: dict[str, dict[str, Any]] = {}
@@ -521,8 +606,9 @@ def units(names: list[str]) -> dict[str, dict[str, Any]]:
     return {name: shown.get(name) or (by_order[i] if by_order else absent) for i, name in enumerate(names)}
 
 
-def docker(info: dict[str, Any] | None, container_names: dict[str, str]) -> dict[str, Any]:
-    installed = any(shutil.which(name, path="/usr/bin:/usr/local/bin:/usr/sbin") for name in ("dockerd", "docker"))
+def docker(info: dict[str, Any] | None, container_names: dict[str, str], snap: bool) -> dict[str, Any]:
+    places = "/usr/bin:/usr/local/bin:/usr/sbin"
+    installed = any(shutil.which(name, path=places) for name in ("dockerd", "docker"))
     version = (info or {}).get("ServerVersion")
     if installed and version is None:
         found = re.search(r"version ([^,\s]+)", run(["docker", "--version"]) or "")
@@ -530,6 +616,7 @@ def docker(info: dict[str, Any] | None, container_names: dict[str, str]) -> dict
     return {
         "installed": installed or info is not None,
         "running": info is not None,
+        "snap": snap and not shutil.which("dockerd", path=places),
         "version": version,
         "root_dir": (info or {}).get("DockerRootDir"),
         "image_root": image_root(info) if info else None,
@@ -652,6 +739,7 @@ def name_of(look_up: Callable[[], str]) -> str | None:
 
 
 def collect(params: dict[str, Any]) -> dict[str, Any]:
+    first_boot = cloud_init(params["cloud_init_timeout"])
     begun = time.time()
     toolkit = "nvidia-container-toolkit"
     with ThreadPoolExecutor(max_workers=8) as pool:
@@ -671,12 +759,13 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
             return not any(packages_job.result().get(package) for package in unless)
 
         probes = {name: pool.submit(probe_of, name, url) for name, url in params["urls"].items() if needed(name)}
-        units_job = pool.submit(units, params["units"])
+        units_job = pool.submit(units, [*params["units"], SNAP_UNIT])
         reboot_job = pool.submit(automatic_reboot)
         info = info_job.result()
         container_names = containers() if info else {}
-        versions = packages_job.result()
+        versions, all_units = packages_job.result(), units_job.result()
         return {
+            "cloud_init": first_boot,
             "arch": platform.machine(),
             "kernel": platform.release(),
             "boot_id": read_text("/proc/sys/kernel/random/boot_id").strip(),
@@ -685,14 +774,16 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
             "nofile_limit": open_files_limit(),
             "disks": {path: disk(path) for path in [*params["paths"], image_root(info) if info else ""] if path},
             "ports": ports(params["ports"], container_names),
+            "network": network(),
+            "apt": apt(),
             "packages": {name: versions[name] for name in params["packages"]},
-            "docker": docker(info, container_names),
+            "docker": docker(info, container_names, all_units[SNAP_UNIT]["load"] == "loaded"),
             "images": {reference: image(reference, info is not None) for reference in params["images"]},
             "cdi": {"devices": cdi.devices(), "spec_files": [str(path) for path in cdi.files()]},
             "release": release(params["release_directory"]),
             "state": read_json(params["state_file"]),
             "models": {directory: model(directory) for directory in params["models"]},
-            "units": units_job.result(),
+            "units": {name: all_units[name] for name in params["units"]},
             "files": {path: sha256(path) for path in params["files"]},
             "managed": managed(params["managed"]),
             "environment_proxy": os.environ.get("https_proxy") or os.environ.get("http_proxy"),
@@ -725,6 +816,7 @@ def main() -> None:
             "managed": strings,
             "release_directory": {"type": "path", "default": "/opt/glm"},
             "state_file": {"type": "path", "default": "/var/lib/glm/state.json"},
+            "cloud_init_timeout": {"type": "int", "default": 600},
         },
         supports_check_mode=True,
     )

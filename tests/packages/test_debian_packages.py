@@ -32,6 +32,7 @@ WANTED: dict[str, Any] = {
     "branch": 570,
     "version": "",
     "distribution": "debian13",
+    "repository": {"uri": "https://developer.download.nvidia.com/compute/cuda/repos/debian13/x86_64", "suite": "/"},
     "min_version": "570.133.20",
     "allow_reboot": True,
     "remove_conflicting": True,

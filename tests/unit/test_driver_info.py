@@ -170,7 +170,12 @@ def test_comments_and_other_sources_are_none(apt: Path) -> None:
 def test_one_line_source(apt: Path) -> None:
     line = "deb [signed-by=/usr/share/keyrings/cuda-archive-keyring.gpg] https://developer.download.nvidia.com/x/ /\n"
     assert sources(apt, "cuda-ubuntu2404-x86_64.list", line) == [
-        {"path": "cuda-ubuntu2404-x86_64.list", "uri": "https://developer.download.nvidia.com/x/ /", "alone": True}
+        {
+            "path": "cuda-ubuntu2404-x86_64.list",
+            "uri": "https://developer.download.nvidia.com/x/ /",
+            "repository": "developer.download.nvidia.com/x/",
+            "alone": True,
+        }
     ]
 
 
@@ -205,7 +210,15 @@ Suites: /
 
 def test_stanzas(apt: Path) -> None:
     uri = "https://ppa.launchpadcontent.net/graphics-drivers/ppa/ubuntu/ noble main"
-    assert sources(apt, "all.sources", STANZAS) == [{"path": "all.sources", "uri": uri, "alone": False}]
+    repository = "ppa.launchpadcontent.net/graphics-drivers/ppa/ubuntu/dists/noble"
+    assert sources(apt, "all.sources", STANZAS) == [
+        {"path": "all.sources", "uri": uri, "repository": repository, "alone": False}
+    ]
+
+
+def test_a_source_of_no_binaries_is_none_to_install_from(apt: Path) -> None:
+    (found,) = sources(apt, "cuda.list", "deb-src https://developer.download.nvidia.com/x/ /\n")
+    assert found["repository"] == ""
 
 
 def test_own_source_and_the_container_toolkits_are_no_other_ones(apt: Path) -> None:

@@ -17,6 +17,7 @@ from ansible_collections.glm.fleet.plugins.filter import driver
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 1024**3
 KERNEL = "6.8.0-60-generic"
+CUDA = "developer.download.nvidia.com/compute/cuda/repos/ubuntu2404/x86_64/"
 Dict = dict[str, Any]
 
 
@@ -82,6 +83,7 @@ class World:
             "dcgm": True,
             "modules": ["ib_umad", "mlx5_core", "mlx5_ib"],
             "drained": False,
+            "repository": {"uri": f"https://{CUDA}", "suite": "/"},
         }
 
     def branch(self, branch: int) -> None:
@@ -195,7 +197,9 @@ def test_adopt_holds_what_is_there(world: World) -> None:
 def test_adopt_leaves_ubuntus_packages_and_other_sources_alone(world: World) -> None:
     world.load("570.195.03")
     world.info["installed"] = {"nvidia-utils-570": "570.195.03-0ubuntu0.24.04.1"}
-    world.info["sources"] = [{"path": "/etc/apt/sources.list.d/cuda.list", "uri": "https://x/cuda /", "alone": True}]
+    world.info["sources"] = [
+        {"path": "/etc/apt/sources.list.d/cuda.list", "uri": "https://x/cuda /", "repository": "x/cuda/", "alone": True}
+    ]
     world.wanted.update(mode="adopt", remove_conflicting=True)
     plan = world.plan()
     assert (plan["findings"], plan["sources_to_disable"], plan["remove"]) == ([], [], [])
@@ -339,11 +343,44 @@ def test_conflicts_and_sources_go_where_that_is_allowed(world: World) -> None:
     world.wanted["remove_conflicting"] = True
     world.info["installed"] = {"libnvidia-compute-580": "580.95.05-1ubuntu1"}
     path = "/etc/apt/sources.list.d/cuda.list"
-    world.info["sources"] = [{"path": path, "uri": "https://x/cuda /", "alone": True}] * 2
+    world.info["sources"] = [{"path": path, "uri": "https://x/cuda /", "repository": "x/cuda/", "alone": True}] * 2
     plan = world.plan()
     assert plan["findings"] == []
     assert (plan["remove"], plan["sources_to_disable"]) == (["libnvidia-compute-580"], [path])
     assert f"disable the sources: {path}" in plan["lines"]
+
+
+def cuda_keyring() -> Dict:
+    """NVIDIA's own package of its key names the same repository."""
+    path = "/etc/apt/sources.list.d/cuda-ubuntu2404-x86_64.list"
+    return {"path": path, "uri": f"https://{CUDA} /", "repository": CUDA, "alone": True}
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_the_nodes_own_source_of_the_same_repository_is_used(world: World, remove: bool) -> None:
+    world.wanted["remove_conflicting"] = remove
+    assert world.plan()["source"] == ""
+    world.info["sources"] = [cuda_keyring()]
+    plan = world.plan()
+    assert (plan["findings"], plan["sources_to_disable"]) == ([], [])
+    assert plan["source"] == cuda_keyring()["path"]
+
+
+def test_a_file_that_is_disabled_is_not_used(world: World) -> None:
+    """It holds another source of drivers beside."""
+    other = {**cuda_keyring(), "uri": "https://x/cuda /", "repository": "x/cuda/"}
+    world.info["sources"] = [cuda_keyring(), other]
+    assert [line.split(":")[0] for line in world.found()] == ["apt_sources"]
+    world.wanted["remove_conflicting"] = True
+    plan = world.plan()
+    assert (plan["source"], plan["sources_to_disable"]) == ("", [other["path"]])
+
+
+def test_the_key_of_the_nodes_own_source_is_the_nodes(world: World) -> None:
+    said = f"E:The repository 'https://{CUDA}  InRelease' is not signed."
+    assert driver.driver_failure(said, world.info, "/etc/apt/sources.list.d/cuda.list").endswith(
+        ": /etc/apt/sources.list.d/cuda.list of the node was used as it is: mend its key, or remove it, then run again"
+    )
 
 
 def test_planning_leaves_what_was_seen_alone(world: World) -> None:
@@ -468,11 +505,14 @@ def nouveau(w: World) -> None:
 
 def another_source(w: World) -> None:
     path = "/etc/apt/sources.list.d/graphics-drivers.list"
-    w.info["sources"] = [{"path": path, "uri": "https://ppa/graphics-drivers noble main", "alone": True}]
+    uri, repository = "https://ppa/graphics-drivers noble main", "ppa/graphics-drivers/dists/noble"
+    w.info["sources"] = [{"path": path, "uri": uri, "repository": repository, "alone": True}]
 
 
 def a_source_among_others(w: World) -> None:
-    w.info["sources"] = [{"path": "/etc/apt/sources.list", "uri": "https://x/cuda /", "alone": False}]
+    w.info["sources"] = [
+        {"path": "/etc/apt/sources.list", "uri": "https://x/cuda /", "repository": "x/cuda/", "alone": False}
+    ]
     w.wanted["remove_conflicting"] = True
 
 

@@ -18,7 +18,7 @@ ROLES = variables_of_roles(str(Path(__file__).resolve().parents[2] / "roles"))
     [
         ("inference_service_port", "an inventory cannot set this: set glm_engine_port instead"),
         ("inference_service_extra_env", "an inventory cannot set this: set glm_engine_extra_env instead"),
-        ("preflight_urls", "an inventory cannot set this: set glm_hf_endpoint and glm_registry_mirror instead"),
+        ("container_runtime_proxies", "an inventory cannot set this: set glm_http_proxy and glm_no_proxy instead"),
         ("inference_service_node", "an inventory cannot set this: the project sets it itself, remove it"),
         ("inference_service_extra_arg", "there is no such setting: did you mean glm_engine_extra_args?"),
         ("report_directory", "an inventory cannot set this: set glm_results_dir instead"),

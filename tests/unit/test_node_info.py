@@ -178,8 +178,8 @@ def test_packages_that_are_removed_do_not_count() -> None:
 
 
 def test_docker_tells_where_images_lie() -> None:
-    assert node_info.docker({"DockerRootDir": "/data/docker"}, {})["image_root"] == "/data/docker"
-    assert node_info.docker(None, {})["image_root"] is None
+    assert node_info.docker({"DockerRootDir": "/data/docker"}, {}, False)["image_root"] == "/data/docker"
+    assert node_info.docker(None, {}, False)["image_root"] is None
 
 
 def test_units() -> None:
@@ -300,6 +300,61 @@ def test_clock_offset(begun: float, ended: float, found: float) -> None:
     assert action.offset(begun, ended, 1000.0, 1015.0) == found
 
 
+def test_a_node_without_cloud_init_is_not_delayed(tmp_path: Path) -> None:
+    done = {"finished": True, "waited_seconds": 0}
+    assert node_info.cloud_init(600, str(tmp_path / "none")) == done
+    (tmp_path / "status.json").touch()
+    (tmp_path / "disabled").touch()
+    assert node_info.cloud_init(600, str(tmp_path)) == done
+    (tmp_path / "disabled").unlink()
+    (tmp_path / "result.json").touch()
+    assert node_info.cloud_init(600, str(tmp_path)) == done
+
+
+def test_cloud_init_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "status.json").touch()
+    seen = node_info.cloud_init(0.1, str(tmp_path), interval=0.05)
+    assert (seen["finished"], seen["waited_seconds"] >= 0.1) == (False, True)
+    assert node_info.cloud_init(0, str(tmp_path)) == {"finished": False, "waited_seconds": 0}
+    threading.Timer(0.2, (tmp_path / "result.json").touch).start()
+    seen = node_info.cloud_init(30, str(tmp_path), interval=0.05)
+    assert (seen["finished"], 0 < seen["waited_seconds"] < 30) == (True, True)
+
+
+def test_gateways_and_name_servers() -> None:
+    routes = (
+        "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n"
+        "eth0\t00000000\t010011AC\t0003\t0\t0\t0\t00000000\t0\t0\t0\n"
+        "eth1\t000011AC\t020011AC\t0003\t0\t0\t0\t0000FFFF\t0\t0\t0\n"
+        "wg0\t00000000\t00000000\t0001\t0\t0\t0\t00000000\t0\t0\t0\n"
+    )
+    assert node_info.parse_gateways(routes) == ["172.17.0.1"]
+    assert node_info.parse_gateways("") == []
+    text = "# nameserver 10.0.0.1\nnameserver 172.17.0.2\nsearch x\nnameserver  fe80::1%eth0\n"
+    assert node_info.parse_name_servers(text) == ["172.17.0.2", "fe80::1%eth0"]
+
+
+def test_the_controller_is_found_above_sudo(tmp_path: Path) -> None:
+    for pid, parent, environment in (
+        (30, 20, "SUDO_UID=1000\0"),
+        (20, 10, "TERM=x\0SSH_CONNECTION=172.17.8.9 4 5 22\0"),
+    ):
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "environ").write_text(environment)
+        (tmp_path / str(pid) / "stat").write_text(f"{pid} (a) b) S {parent} 1 1")
+    assert node_info.controller_address(str(tmp_path), 30) == "172.17.8.9"
+    (tmp_path / "20/environ").write_text("NOT_SSH_CLIENT=1\0")
+    assert node_info.controller_address(str(tmp_path), 30) is None
+
+
+def test_docker_of_a_snap_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    assert node_info.docker(None, {}, snap=True)["snap"] is True
+    assert node_info.docker(None, {}, snap=False)["snap"] is False
+    monkeypatch.setattr("shutil.which", lambda name, **_: f"/usr/bin/{name}")
+    assert node_info.docker(None, {}, snap=True)["snap"] is False, "Docker's own is there beside"
+
+
 def test_nothing_there_is_no_error(tmp_path: Path) -> None:
     nothing = str(tmp_path / "nothing")
     seen = node_info.collect(
@@ -322,8 +377,11 @@ def test_nothing_there_is_no_error(tmp_path: Path) -> None:
             "managed": [nothing],
             "release_directory": nothing,
             "state_file": nothing,
+            "cloud_init_timeout": 0,
         }
     )
+    assert set(seen["units"]) == {"no-such.service"}
+    assert isinstance(seen["apt"]["sources"], list)
     assert seen["state"] is None
     assert seen["packages"] == {"no-such-package": None}
     assert seen["images"]["no/such:image"]["present"] is False

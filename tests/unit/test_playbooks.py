@@ -58,6 +58,53 @@ def test_a_folded_text_is_one_line(path: Path) -> None:
         assert "\n" not in re.sub(r"\{\{.*?\}\}", "", text, flags=re.S).strip()
 
 
+def tasks_in(node: Any) -> Iterator[dict[str, Any]]:
+    """Every task of a file, however deep."""
+    if isinstance(node, list):
+        for value in node:
+            yield from tasks_in(value)
+    elif isinstance(node, dict):
+        yield node
+        for name in ("block", "rescue", "always", "tasks"):
+            yield from tasks_in(node.get(name) or [])
+
+
+def lockers() -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Tasks that want a lock of apt or dpkg, each with the words of its command."""
+    for path in sorted((ROOT / "roles").glob("*/tasks/*.yml")):
+        for task in tasks_in(yaml.safe_load(path.read_text())):
+            name = f"{path.relative_to(ROOT / 'roles')}: {task.get('name')}"
+            argv = str(task.get("ansible.builtin.command", {}).get("argv", ""))
+            if "ansible.builtin.apt" in task or re.search(r"apt-get|apt-mark|dpkg", argv):
+                yield name, task, argv
+
+
+@pytest.mark.parametrize(("task", "argv"), [pytest.param(task, argv, id=name) for name, task, argv in lockers()])
+def test_who_wants_apts_lock_waits_for_it(task: dict[str, Any], argv: str) -> None:
+    """Unattended upgrades hold it for minutes. Only `apt-get install` knows how to wait by itself."""
+    if "ansible.builtin.apt" in task:
+        assert task["ansible.builtin.apt"]["lock_timeout"] == 600
+    elif "'install'" in argv:
+        assert "DPkg::Lock::Timeout=600" in argv
+    else:
+        assert "lock" in task["until"] and task["retries"] * task["delay"] == 600
+
+
+def test_the_fabrics_modules_are_loaded_between_their_packages_and_the_fabric_manager() -> None:
+    """On Ubuntu the transaction brings the package that holds ib_umad; the fabric manager does not start without."""
+    tasks = ROOT / "roles/nvidia_driver/tasks"
+    included = [task["ansible.builtin.include_tasks"] for task in yaml.safe_load((tasks / "apply.yml").read_text())]
+    assert included == ["install.yml", "modules.yml", "services.yml"]
+    assert "modules.yml" not in (tasks / "install.yml").read_text()
+
+
+def test_a_waves_proxy_is_installed_before_the_first_wave() -> None:
+    """A wave that waits for apt's lock, or fails by it, does so with fewer nodes in rotation."""
+    text = (ROOT / "roles/rollout/tasks/prepare.yml").read_text()
+    roles = [task.get("ansible.builtin.include_role", {}) for task in yaml.safe_load(text)]
+    assert {"name": "glm.fleet.gateway", "tasks_from": "install"} in roles
+
+
 GATE = """
 - hosts: nodes
   gather_facts: false

@@ -61,7 +61,16 @@ def node() -> Dict:
         "disks": {path: {**disk, "mount": "/"} for path in ("/var/lib/glm", "/var/lib/docker")},
         "ports": {"8000": free_port(), "8001": free_port()},
         "urls": {name: {"ok": True, "status": 200, "error": None, "seconds": 0.1} for name in ("registry", "hub")},
-        "docker": {"root_dir": None, "image_root": None},
+        "cloud_init": {"finished": True, "waited_seconds": 0},
+        "network": {
+            "controller": "198.18.0.1",
+            "name_servers": ["127.0.0.53", "fe80::1%eth0"],
+            "gateways": ["10.0.0.1"],
+        },
+        "apt": {"sources": [], "key_conflicts": []},
+        "docker": {"root_dir": None, "image_root": None, "running": False, "snap": False, "daemon_json": None},
+        "packages": {"haproxy": None},
+        "container_toolkit": None,
         "images": {},
         "models": {},
     }
@@ -307,6 +316,36 @@ def other_arch(world: World) -> None:
     world.node["arch"] = "aarch64"
 
 
+def cloud_init_works(world: World) -> None:
+    world.node["cloud_init"] = {"finished": False, "waited_seconds": 600.4}
+
+
+def docker_of_a_snap(world: World) -> None:
+    world.node["docker"].update(snap=True, running=True)
+
+
+def two_keys(world: World) -> None:
+    paths = [f"/etc/apt/sources.list.d/docker.{kind}" for kind in ("list", "sources")]
+    world.node["apt"]["key_conflicts"] = [{"source": "https://download.docker.com/linux/ubuntu noble", "paths": paths}]
+
+
+def controller_behind_docker(world: World) -> None:
+    world.node["network"]["controller"] = "172.17.8.9"
+
+
+def names_and_gateway_behind_docker(world: World) -> None:
+    world.node["network"].update(name_servers=["172.17.0.2"], gateways=["172.17.0.2"])
+
+
+def a_bridge_over_the_site(world: World) -> None:
+    world.node["docker"]["daemon_json"] = {"bip": "172.17.0.1/16"}
+    world.wanted["docker_config"] = {"bip": "10.0.0.9/24"}
+
+
+def a_bridge_nowhere(world: World) -> None:
+    world.wanted["docker_config"] = {"bip": "10.0.0"}
+
+
 FAULTS: list[tuple[Callable[[World], None], str, list[str]]] = [
     (lose_a_gpu, "gpu_count", ["found 7", "wanted 8", "glm_gpu_count"]),
     (be_another_model, "gpu_model", ["NVIDIA H200", "wanted B200", "glm_gpu_model"]),
@@ -393,6 +432,25 @@ FAULTS: list[tuple[Callable[[World], None], str, list[str]]] = [
     (no_such_image, "image", ["glm52-cu130 is not in the registry", "glm_image"]),
     (no_such_revision, "weights", ["no revision ffff", "glm_model_revision"]),
     (other_arch, "architecture", ["found aarch64", "wanted x86_64"]),
+    (cloud_init_works, "cloud_init", ["cloud-init still works on the first boot", "600 s", "cloud-init status --long"]),
+    (docker_of_a_snap, "docker_snap", ["`snap remove docker` (its containers", "snap disable docker"]),
+    (
+        two_keys,
+        "apt_keys",
+        ["download.docker.com/linux/ubuntu noble in", "docker.list and", "docker.sources", "remove"],
+    ),
+    (
+        controller_behind_docker,
+        "docker_network",
+        ["cut the way to 172.17.8.9 (found the controller in 172.17.0.0/16", "{bip: 10.255.0.1/24}"],
+    ),
+    (
+        names_and_gateway_behind_docker,
+        "docker_network",
+        ["cut the way to 172.17.0.2 (found a name server, the default gateway in 172.17.0.0/16"],
+    ),
+    (a_bridge_over_the_site, "docker_network", ["cut the way to 10.0.0.1 (found the default gateway in 10.0.0.0/24"]),
+    (a_bridge_nowhere, "docker_network", ["10.0.0", "container_runtime_daemon_config"]),
 ]
 
 
@@ -422,6 +480,53 @@ def test_all_findings_come_in_one_go(world: World) -> None:
     for fault in (lose_a_gpu, fabric_in_progress, edge_taken, little_shm):
         fault(world)
     assert {finding["id"] for finding in world.findings()} == {"gpu_count", "fabric", "edge_port", "shared_memory"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"bip": "10.255.0.1/24"},
+        {"bridge": "site0"},
+        {"default-address-pools": [{"base": "fd00::/48", "size": 64}, {"base": "10.128.0.0/16", "size": 24}]},
+    ],
+)
+@pytest.mark.parametrize("of_the_node", [True, False])
+def test_docker_with_a_network_elsewhere(world: World, config: Dict, of_the_node: bool) -> None:
+    controller_behind_docker(world)
+    if of_the_node:
+        world.node["docker"]["daemon_json"] = config
+    else:
+        world.wanted["docker_config"] = config
+    assert world.findings() == []
+
+
+def test_a_docker_that_runs_has_not_cut_the_way(world: World) -> None:
+    controller_behind_docker(world)
+    world.node["docker"]["running"] = True
+    assert world.findings() == []
+
+
+def test_the_first_of_the_pools_is_dockers(world: World) -> None:
+    pools = [{"base": "10.0.0.0/8", "size": 24}, {"base": "198.18.0.0/16", "size": 24}]
+    world.wanted["docker_config"] = {"default-address-pools": pools}
+    assert [finding["id"] for finding in world.findings()] == ["docker_network"]  # 10.0.0.1
+    world.node["network"]["gateways"] = ["10.0.1.1"]
+    assert world.findings() == []
+
+
+def test_two_keys_are_no_matter_where_nothing_is_to_be_installed(world: World) -> None:
+    two_keys(world)
+    world.node["docker"]["running"], world.node["container_toolkit"] = True, "1.20.0-1"
+    world.node["packages"]["haproxy"] = "3.0.11-1"
+    assert world.findings() == []
+    assert "apt_keys" in [warning["id"] for warning in world.warnings()]
+
+
+def test_a_wait_for_cloud_init_is_said(world: World) -> None:
+    world.node["cloud_init"]["waited_seconds"] = 87.2
+    assert world.findings() == []
+    (line,) = [warning["line"] for warning in world.warnings() if warning["id"] == "cloud_init"]
+    assert "found it done after 87 s" in line
 
 
 def test_a_serving_node_is_no_fault(world: World) -> None:

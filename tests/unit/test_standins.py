@@ -292,17 +292,26 @@ def run_modprobe(root: Path, *arguments: str) -> subprocess.CompletedProcess[str
         program = program.replace(path, f"{root}{path}")
     program = program.replace("/usr/sbin/modprobe.distrib", f"{root}/real")
     return subprocess.run(
-        ["bash", "-c", program, "modprobe", *arguments], capture_output=True, text=True, check=False, env=os.environ
+        ["bash", "-c", program, "modprobe", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PATH": f"{root}/bin:{os.environ['PATH']}"},
     )
 
 
 @pytest.fixture(name="kernel")
 def fixture_kernel(tmp_path: Path) -> Path:
-    for folder in ("sys/module", "proc", "etc/nvidia-stand-in"):
+    for folder in ("sys/module", "proc", "etc/nvidia-stand-in", "bin"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "proc/modules").write_text("overlay 184320 1 - Live 0x0000000000000000\n")
     (tmp_path / "real").write_text('#!/bin/sh\necho "real $*"\n')
     (tmp_path / "real").chmod(0o755)
+    # As dpkg answers where a package is not known; the last argument is its name.
+    query = '#!/bin/sh\nfor name; do :; done; cat "$(dirname "$0")/$name" 2>/dev/null\n'
+    (tmp_path / "bin/dpkg-query").write_text(query)
+    (tmp_path / "bin/dpkg-query").chmod(0o755)
+    (tmp_path / f"bin/linux-modules-extra-{os.uname().release}").write_text("installed")
     return tmp_path
 
 
@@ -315,6 +324,15 @@ def test_modules_are_loaded_and_removed(kernel: Path) -> None:
     assert run_modprobe(kernel, "-r", "mlx5_ib").returncode == 0
     assert "mlx5_ib" not in (kernel / "proc/modules").read_text()
     assert not (kernel / "sys/module/mlx5_ib").exists()
+
+
+@pytest.mark.parametrize("state", ["", "unpacked", "not-installed"])
+def test_a_kernel_without_its_extras_lacks_a_module(kernel: Path, state: str) -> None:
+    (kernel / f"bin/linux-modules-extra-{os.uname().release}").write_text(state)
+    done = run_modprobe(kernel, "--all", "ib_umad", "mlx5_core")
+    assert done.returncode == 1
+    assert "FATAL: Module ib_umad not found" in done.stderr
+    assert [path.name for path in (kernel / "sys/module").iterdir()] == ["mlx5_core"]
 
 
 def test_other_modules_are_the_real_programs(kernel: Path) -> None:

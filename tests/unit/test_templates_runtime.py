@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,17 +31,22 @@ EXPRESSIONS = {
     "packages": "__container_runtime_packages",
     "changes": "__container_runtime_config_changes",
     "restart": "__container_runtime_restart",
+    "adds": "[__container_runtime_adds_docker, __container_runtime_adds_toolkit]",
+    "in_vain": "__container_runtime_in_vain",
     "present": "__engine_image_present",
 }
 
 
-def render(directory: Path, docker: dict[str, Any], **variables: Any) -> dict[str, Any]:
+def render(
+    directory: Path, docker: dict[str, Any], sources: list[dict[str, str]] | None = None, **variables: Any
+) -> dict[str, Any]:
     roles = [
         ROOT / "roles" / name / kind / "main.yml"
         for name in ("container_runtime", "engine_image", "model_weights")
         for kind in ("defaults", "vars")
     ]
-    node: dict[str, Any] = {"docker": docker, "container_toolkit": None, "units": {}, "cdi": {"devices": []}}
+    node: dict[str, Any] = {"docker": docker, "container_toolkit": None, "units": {}, "cdi": {"devices": []},
+                            "arch": "x86_64", "apt": {"sources": sources or []}}  # fmt: skip
     play = {
         "hosts": "localhost", "connection": "local", "gather_facts": False, "vars_files": [str(path) for path in roles],
         "tasks": [{"ansible.builtin.copy": {
@@ -50,7 +56,9 @@ def render(directory: Path, docker: dict[str, Any], **variables: Any) -> dict[st
     (directory / "play.yml").write_text(yaml.safe_dump([play]))
     (directory / "vars.yml").write_text(yaml.safe_dump({
         "container_runtime_node": node, "engine_image_resolved": IMAGE, "model_weights_manifest": MANIFEST,
-        "model_weights_image": IMAGE["pull_ref"], "ansible_facts": {"distribution": "Debian"},
+        "model_weights_image": IMAGE["pull_ref"],
+        "ansible_facts": {"distribution": "Debian", "distribution_release": "trixie"},
+        "__container_runtime_left": {"node": {"docker": docker, "container_toolkit": None}},
         "ansible_python_interpreter": sys.executable, **variables,
     }))  # fmt: skip
     if not (directory / "templates").exists():
@@ -61,6 +69,7 @@ def render(directory: Path, docker: dict[str, Any], **variables: Any) -> dict[st
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, "ANSIBLE_COLLECTIONS_PATH": str(ROOT / "collections")},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return dict(json.loads((directory / "out.json").read_text()))
@@ -74,6 +83,38 @@ def test_a_new_docker(tmp_path: Path) -> None:
     assert out["packages"][:3] == ["docker-ce", "docker-ce-cli", "containerd.io"]
     assert "nvidia-container-toolkit=1.20.0-*" in out["packages"] and not out["restart"]
     assert "Pin: version 1.20.0-*" in out["preferences"]
+
+
+def test_a_network_of_the_site_for_docker(tmp_path: Path) -> None:
+    out = render(tmp_path, NEW, container_runtime_daemon_config={"bip": "10.255.0.1/24"})
+    assert json.loads(out["config"])["bip"] == "10.255.0.1/24"
+
+
+DOCKER = {"path": "/x/docker.list", "repository": "download.docker.com/linux/debian/dists/trixie"}
+TOOLKIT = {"path": "/x/nvidia.list", "repository": "nvidia.github.io/libnvidia-container/stable/deb/amd64/"}
+
+
+@pytest.mark.parametrize(
+    ("sources", "adds"), [([], [True, True]), ([DOCKER], [False, True]), ([TOOLKIT, DOCKER], [False, False])]
+)
+def test_no_second_source_for_a_repository(tmp_path: Path, sources: list[dict[str, str]], adds: list[bool]) -> None:
+    """apt would refuse all work: one repository with two keys."""
+    out = render(tmp_path, NEW, sources)
+    assert out["adds"] == adds
+    names = [name for name, added in zip(("glm-docker", "glm-nvidia-container-toolkit"), adds) if added]
+    assert out["in_vain"] == [
+        path
+        for name in names
+        for path in (
+            f"/etc/apt/sources.list.d/{name}.sources",
+            *(f"/etc/apt/keyrings/{name}.{kind}" for kind in ("asc", "gpg")),
+        )
+    ]
+
+
+def test_the_source_of_packages_that_came_stays(tmp_path: Path) -> None:
+    left = {"node": {"docker": {"version": "28.1.0"}, "container_toolkit": None}}
+    assert not [path for path in render(tmp_path, NEW, __container_runtime_left=left)["in_vain"] if "docker" in path]
 
 
 def test_an_adopted_docker_keeps_what_it_has(tmp_path: Path) -> None:
