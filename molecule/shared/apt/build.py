@@ -58,7 +58,10 @@ def copy_tree(source: Path, root: Path, values: dict[str, str]) -> None:
             target.symlink_to(fill(os.readlink(path), values))
         elif path.name.endswith(".so.1.c"):
             target.parent.mkdir(parents=True, exist_ok=True)
-            run("tcc", "-shared", "-o", str(target.with_suffix("")), str(path))
+            with tempfile.TemporaryDirectory() as scratch:
+                run("tcc", "-c", "-o", f"{scratch}/library.o", str(path))
+                # tcc itself would have the library ask for an executable stack, which a kernel may refuse.
+                run("ld", "-shared", "-znoexecstack", "-o", str(target.with_suffix("")), f"{scratch}/library.o", "-lc")
         elif path.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(fill(path.read_text(), values))
