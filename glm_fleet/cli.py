@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -16,7 +17,7 @@ import click
 
 from glm_fleet import inventory as inventories
 from glm_fleet import journal, tables
-from glm_fleet.errors import Exit, UsageProblem, one_line
+from glm_fleet.errors import FULL, Exit, UsageProblem, one_line
 from glm_fleet.inventory import Inventory
 from glm_fleet.playbook import ROOT, Order, Outcome, Playbook, approve
 from glm_fleet.tables import Shown
@@ -52,6 +53,10 @@ class Group(click.Group):
             fail(f"{one_line(problem.format_message())} Try: {where} --help", Exit.USAGE)
         except UsageProblem as problem:
             fail(str(problem), Exit.USAGE)
+        except OSError as problem:
+            if problem.errno not in FULL:
+                raise
+            fail(f"{problem.filename or 'a file of this machine'}: {problem.strerror}: free some", Exit.USAGE)
 
 
 def fail(line: str, code: Exit) -> None:
@@ -393,7 +398,12 @@ def execute(order: Order, run: journal.Run, state: State, silent: bool, transien
             if line["what"] == "approval":
                 ask(playbook, shown, console)
 
-        playbook = Playbook(order, run, listen)
+        try:
+            playbook = Playbook(order, run, listen)
+        except OSError as problem:
+            run.remove_private()
+            shutil.rmtree(run.directory, ignore_errors=True)
+            raise journal.unwritable(run.directory.parent, problem) from problem
         return playbook.execute()
 
 

@@ -24,6 +24,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,10 +32,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from glm_fleet.errors import UsageProblem
+from glm_fleet.errors import FULL, UsageProblem
 
 Line = dict[str, Any]
 KEPT = 50  # runs of an inventory
+MEMORY = Path("/dev/shm")  # noqa: S108  only for directories of mkdtemp
 
 
 @dataclass(frozen=True)
@@ -58,17 +60,29 @@ class Run:
 
     @property
     def private(self) -> Path:
-        """What the run needs while it lasts, settings among it."""
+        """What the run needs while it lasts, settings among it. In memory, where it can be: a full disk ends no run."""
         return self.directory / "private"
 
+    def make_private(self) -> None:
+        parent = MEMORY if os.access(MEMORY, os.W_OK) else self.directory
+        place = tempfile.mkdtemp(prefix="glm-fleet.", dir=parent)
+        try:
+            self.private.symlink_to(place)
+        except OSError:
+            shutil.rmtree(place)
+            raise
+
+    def remove_private(self) -> None:
+        shutil.rmtree(self.private.resolve(), ignore_errors=True)
+        with suppress(OSError):
+            self.private.unlink()
+
     def lines(self) -> Iterator[Line]:
-        """The lines that are whole: the last one of a run that was cut off may not be."""
+        """The lines that are whole: the last one of a run that was cut off, or met a full disk, may not be."""
         # Not splitlines(): what a node says may hold a line separator of Unicode.
         for text in self.journal.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
+            with suppress(ValueError):
                 yield json.loads(text)
-            except ValueError:
-                return
 
     def entries(self) -> dict[str, Any]:
         """What the report is made of: the last entry of each node, and when the run began and ended.
@@ -94,7 +108,7 @@ def opened(path: Path) -> TextIO:
 
 
 class Writer:
-    """Appends lines; each is on the disk of the controller at once, whatever becomes of the run."""
+    """Appends lines."""
 
     def __init__(self, run: Run) -> None:
         self.file = opened(run.journal)
@@ -126,6 +140,24 @@ class Follower:
         self.file.close()
 
 
+class Copy:
+    """Brings to the disk of the controller what was added since; what finds no room is left for the next time."""
+
+    def __init__(self, source: Path, target: Path) -> None:
+        self.source = source.open("rb", buffering=0)
+        self.target = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self.rest = b""
+
+    def go_on(self) -> None:
+        self.rest += self.source.read()
+        while self.rest:
+            self.rest = self.rest[os.write(self.target, self.rest) :]
+
+    def close(self) -> None:
+        self.source.close()
+        os.close(self.target)
+
+
 def create(runs: Path, command: str) -> Run:
     """A new run; the oldest ones beyond KEPT go. Raises UsageProblem where the directory cannot be written."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
@@ -139,20 +171,25 @@ def create(runs: Path, command: str) -> Run:
             except FileExistsError:
                 continue
     except OSError as problem:
-        raise UsageProblem(
-            f"{runs}: the directory of the runs cannot be written ({problem.strerror}): mend it, or pass --runs DIR"
-        ) from problem
+        raise unwritable(runs, problem) from problem
     others = [run for run in known(runs) if run.directory != directory]
     for run in others:
         # What a run that was killed could not take away itself.
-        if run.private.exists() and not run.alive():
-            shutil.rmtree(run.private, ignore_errors=True)
+        if os.path.lexists(run.private) and not run.alive():
+            run.remove_private()
     old = others[: -KEPT + 1]
     deployed = last_deployment(others) if old else None  # its report can be asked for
     for run in old:
         if run != deployed and not run.alive():
             shutil.rmtree(run.directory, ignore_errors=True)
     return Run(directory)
+
+
+def unwritable(runs: Path, problem: OSError) -> UsageProblem:
+    advice = "free some" if problem.errno in FULL else "mend it"
+    return UsageProblem(
+        f"{runs}: the directory of the runs cannot be written ({problem.strerror}): {advice}, or pass --runs DIR"
+    )
 
 
 def last_deployment(runs: list[Run]) -> Run | None:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -60,21 +59,27 @@ class Playbook:
 
     def __init__(self, order: Order, run: journal.Run, listen: Callable[[journal.Line], None]) -> None:
         self.order, self.run, self.listen = order, run, listen
-        self.writer = journal.Writer(run)
-        self.follower = journal.Follower(run)
+        # It holds the settings and the artifacts of ansible-runner, and goes with the run. The journal is written there
+        # and copied, so that nothing which is shown or judged is lost on a full disk.
+        run.make_private()
+        self.private = run.private
+        live = journal.Run(self.private)
+        self.live = live.journal
+        self.writer, self.follower = journal.Writer(live), journal.Follower(live)
+        self.copy = journal.Copy(self.live, run.journal)
+        self.gaps = False  # whether something could not be kept
         self.results: list[journal.Line] = []
         self.stats: dict[str, dict[str, int]] = {}
         self.begun = False  # whether a play has
         self.said: list[str] = []  # what Ansible prints beside the results of tasks
         self.asked, self.now = False, False  # to end after the wave in hand; to stop at once
         self.stopping = 0.0  # since when
-        self.tell(
+        self.writer.write(
             "begin", command=order.command, inventory=str(order.inventory), limit=order.limit, check=order.check,
             pid=os.getpid(),
         )  # fmt: skip
-        # It holds the settings and the artifacts of ansible-runner, and goes with the run.
-        self.private = run.private
-        self.private.mkdir(mode=0o700)
+        self.copy.go_on()  # a disk that is full already is no place to begin
+        self.follow()
         self.stop_file, self.approval_file = self.private / "stop", self.private / "approval"
 
     def tell(self, what: str, **facts: Any) -> None:
@@ -83,6 +88,7 @@ class Playbook:
 
     def follow(self) -> None:
         """Takes what was written since: by this process, and by the callback of ansible-playbook."""
+        self._keep(self.copy.go_on)
         for line in self.follower.new():
             if line["what"] == "result":
                 self.results.append(line)
@@ -90,6 +96,20 @@ class Playbook:
                 self.stats = {name: counts for name, counts in line.items() if isinstance(counts, dict)}
             self.begun = self.begun or line["what"] == "play"
             self._show(line)
+
+    def _keep(self, write: Callable[[], object]) -> None:
+        """What cannot be kept does not end the run; that is said once."""
+        try:
+            write()
+        except OSError as problem:
+            if not self.gaps:
+                self.gaps = True
+                with suppress(OSError, ValueError):
+                    print(
+                        f"glm-fleet: {self.run.directory}: {problem.strerror}: the run goes on, its journal and its "
+                        "output may have gaps",
+                        file=sys.stderr,
+                    )
 
     def _show(self, line: journal.Line) -> None:
         with suppress(OSError, ValueError):  # a terminal or a pipe that is gone does not end a rollout
@@ -122,9 +142,10 @@ class Playbook:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            shutil.rmtree(self.private, ignore_errors=True)
+            self.run.remove_private()
             self.writer.close()
             self.follower.close()
+            self.copy.close()
 
     def _execute(self) -> Outcome:
         import ansible_runner  # --help and completion do without
@@ -139,8 +160,9 @@ class Playbook:
         os.environ.setdefault("ANSIBLE_HOST_KEY_CHECKING", str(constants.HOST_KEY_CHECKING))
         enabled = dict.fromkeys([*constants.CALLBACKS_ENABLED, "glm.fleet.journal"])
         os.environ["ANSIBLE_CALLBACKS_ENABLED"] = ",".join(enabled)
-        os.environ["GLM_FLEET_JOURNAL"] = str(self.run.journal)
-        with journal.opened(self.run.output) as self.output:
+        os.environ["GLM_FLEET_JOURNAL"] = str(self.live)
+        self.output = journal.opened(self.run.output)
+        try:
             config = ansible_runner.RunnerConfig(
                 private_data_dir=str(self.private),
                 project_dir=str(Path.cwd()),
@@ -155,6 +177,8 @@ class Playbook:
                 config, cancel_callback=self._cancelled, event_handler=self._event, remove_partials=True
             )
             runner.run()
+        finally:
+            self._keep(self.output.close)
         return self._outcome(runner.rc if runner.rc is not None else 1)
 
     def _arguments(self) -> list[str]:
@@ -184,7 +208,7 @@ class Playbook:
     def _event(self, event: dict[str, Any]) -> bool:
         text = re.sub(r"\x1b\[[0-9;]*m", "", str(event.get("stdout") or ""))
         if text:
-            self.output.write(text.replace("\r\n", "\n") + "\n")
+            self._keep(lambda: self.output.write(text.replace("\r\n", "\n") + "\n"))
             if event["event"] in ("verbose", "error"):
                 self.said += text.splitlines()
         self.follow()

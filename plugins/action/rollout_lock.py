@@ -55,6 +55,26 @@ def is_gone(holder: dict[str, Any]) -> bool:
     return here and begun(int(holder["pid"])) != holder.get("begun")
 
 
+def refusal(answer: dict[str, Any], where: str) -> dict[str, Any]:
+    """Why the lock is not to be had; `where` is the host on which it lies."""
+    breaks = "run again with -e glm_rollout_break_lock=true"
+    if answer["damaged"]:
+        text = f"the file of the lock on {where} is damaged: {answer['damaged']}"
+        fix = f"see that no other rollout runs, then remove it, or {breaks}"
+    else:
+        holder = answer["holder"]
+        since, until = (
+            time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(moment))
+            for moment in (holder["since"], time.time() + answer["left"])
+        )
+        text = (
+            f"another rollout holds the lock: {holder['user']} on {holder['host']} (process {holder['pid']}), "
+            f"since {since}, until {until} at the latest"
+        )
+        fix = f"wait for it, or, if it is certainly gone, {breaks}"
+    return failure("locked", text, fix=fix, nothing_changed=True)
+
+
 MODULE = "glm.fleet.rollout_lock"
 
 
@@ -82,15 +102,6 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             }
         result.update(answer)
         if not answer.get("failed") and not answer.get("mine", True) and wish.get("state", "held") == "held":
-            since, expires = (
-                time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(holder[key])) for key in ("since", "expires")
-            )
-            found = failure(
-                "locked",
-                f"another rollout holds the lock: {holder['user']} on {holder['host']} (process {holder['pid']}), "
-                f"since {since}, until {expires} at the latest",
-                fix="wait for it, or, if it is certainly gone, run again with -e glm_rollout_break_lock=true",
-                nothing_changed=True,
-            )
+            found = refusal(answer, str(self._task.delegate_to or (task_vars or {}).get("inventory_hostname")))
             result.update(failed=True, msg=render(found), failure=found)
         return result

@@ -93,8 +93,9 @@ def main() -> None:
         changed = before != rotation
         if changed and not module.check_mode:
             edge.rotate(name, rotation)
-            if os.path.exists(KEEP):
-                module.run_command([KEEP, "--save"], check_rc=True)
+        # Also where it was so before: then it may be that it could not be kept, as on a full disk.
+        if not module.check_mode and os.path.exists(KEEP):
+            module.run_command([KEEP, "--save"], check_rc=True)
         deadline = time.monotonic() + module.params["wait"]
         servers = edge.servers()
         while not settled(servers[name], rotation) and time.monotonic() < deadline and not module.check_mode:

@@ -78,6 +78,15 @@ def edge(socket: str) -> dict[str, Any] | None:
     return servers
 
 
+def broken_link(base: str) -> str | None:
+    """What is wrong with the release that is pointed to; systemd passes over the start of an engine without one."""
+    link = os.path.join(base, "current")
+    if not os.path.lexists(link) or os.path.exists(os.path.join(link, "run")):
+        return None
+    target = os.readlink(link) if os.path.islink(link) else link
+    return f"{link} points to {target}, where no release is: the engine cannot be started: run site.yml"
+
+
 def status(params: dict[str, Any]) -> dict[str, Any]:
     state = read_json(os.path.join(params["data_dir"], "state.json"))
     release = read_json(os.path.join(params["base_dir"], "current", "release.json"))
@@ -87,7 +96,7 @@ def status(params: dict[str, Any]) -> dict[str, Any]:
     return {
         "phase": state.get("phase"),
         "since": state.get("since"),
-        "reason": state.get("reason"),
+        "reason": broken_link(params["base_dir"]) or state.get("reason"),
         "previous": state.get("previous"),
         "release": release.get("id"),
         "engine": release.get("engine"),

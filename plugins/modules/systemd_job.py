@@ -9,6 +9,7 @@ short_description: Start a systemd unit and wait for it, with its progress on th
 description:
   - Starts the unit and waits until it has finished (C(Type=oneshot)) or is active (any other type).
   - Shows the unit's StatusText as it changes. A start in progress is joined, not repeated.
+  - A start that systemd passes over, since a condition of the unit is not met, is a failure.
   - The work belongs to systemd, so a lost SSH connection costs nothing but a reconnection.
   - In check mode nothing is started.
 options:
@@ -60,7 +61,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 SYSTEMCTL_PROPERTIES = (
     "Type,LoadState,ActiveState,SubState,Result,Job,StatusText,InvocationID,ExecMainStatus,NeedDaemonReload,"
-    "ActiveExitTimestampMonotonic,ActiveEnterTimestampMonotonic"
+    "ActiveExitTimestampMonotonic,ActiveEnterTimestampMonotonic,ConditionResult,ConditionTimestampMonotonic"
 )
 TOKENS = "/run/systemd_job"
 ERROR_PREFIX = "glm: error:"
@@ -121,9 +122,10 @@ class Unit:
                 client.communicate()
                 return self._report("running", state)
             _stdout, stderr = client.communicate()  # it has ended in this moment, and the client knows how
-        if client.returncode:
-            return self._failed(self.show(), stderr)
-        return self._report("done", self.show())
+        state = self.show()
+        if client.returncode or was_skipped(state):
+            return self._failed(state, stderr)
+        return self._report("done", state)
 
     def watch(self) -> dict[str, Any]:
         """Stays on the node for a while: that is cheaper than to come back for each look."""
@@ -177,6 +179,13 @@ class Unit:
 
     def failure(self, state: dict[str, str], stderr: str) -> str:
         """One line that says what went wrong and where to read more."""
+        if was_skipped(state):
+            unit = self.command("systemctl", "cat", self.name).stdout.splitlines()
+            conditions = ", ".join(line for line in unit if line.startswith("Condition"))
+            return (
+                f"{self.name}: systemd passed over its start: a condition of the unit is not met ({conditions}): "
+                f"see systemctl status {self.name}"
+            )
         invocation = self.follow["run_id"] or state.get("InvocationID", "")
         self.command("journalctl", "--sync")
         lines: list[str] = []
@@ -237,6 +246,12 @@ def is_starting(state: dict[str, str]) -> bool:
 def is_to_restart(state: dict[str, str]) -> bool:
     """Failed, and systemd will start it again."""
     return state.get("SubState", "").startswith("auto-restart")
+
+
+def was_skipped(state: dict[str, str]) -> bool:
+    """Not started, as a condition is not met: systemctl calls that a success. Without a time none was looked at."""
+    looked = state.get("ConditionTimestampMonotonic", "0") not in ("", "0")
+    return state.get("ActiveState") == "inactive" and looked and state.get("ConditionResult") == "no"
 
 
 def inactive_seconds(state: dict[str, str]) -> float | None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from datetime import datetime, timezone
 from typing import Any
+
+from ansible.utils.display import Display
 
 PATH = "GLM_FLEET_JOURNAL"
 
@@ -16,13 +19,20 @@ def line(what: str, **facts: Any) -> dict[str, Any]:
 
 
 def write(what: str, **facts: Any) -> None:
-    """Adds a line; without the variable there is no journal. The controller and its workers may write at once."""
+    """Adds a line; without the variable there is no journal. The controller and its workers may write at once.
+
+    What cannot be written is lost, and the run goes on: that is said once.
+    """
     path = os.environ.get(PATH)
     if not path:
         return
     text = json.dumps(line(what, **facts), ensure_ascii=False, default=str) + "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
-        os.write(descriptor, text.encode(errors="backslashreplace"))
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            os.write(descriptor, text.encode(errors="backslashreplace"))
+        finally:
+            os.close(descriptor)
+    except OSError as problem:
+        with suppress(OSError):  # Ansible says the same warning once
+            Display().warning(f"{path}: the journal has gaps: {problem.strerror}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.haproxy import HAProxy, Unavailable
+from ansible_collections.glm.fleet.plugins.modules import backend_state as MODULE
 from test_haproxy_template import KEY, Edge, wait_until
 
 
@@ -61,3 +63,35 @@ def test_no_haproxy_is_said_so(tmp_path: Path) -> None:
 
 def test_a_backend_that_is_not_there_has_no_server(edge: Edge, haproxy: HAProxy) -> None:
     assert HAProxy(haproxy.path, "nothing").servers() == {}
+
+
+class Module:
+    """In the place of AnsibleModule."""
+
+    def __init__(self, **params: Any) -> None:
+        self.params = {"server": "node0", "wait": 0, "absent_ok": False, "socket": "", "backend": "engines", **params}
+        self.check_mode = False
+        self.answer: dict[str, Any] = {}
+        self.commands: list[list[str]] = []
+
+    def exit_json(self, **answer: Any) -> None:
+        self.answer = answer
+
+    def run_command(self, command: list[str], check_rc: bool) -> None:
+        assert check_rc
+        self.commands.append(command)
+
+
+@pytest.mark.parametrize("rotation", ["out", "in"])
+def test_what_is_so_already_is_kept_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rotation: str
+) -> None:
+    """The run before may have drained it, and failed to write that down."""
+    servers = {"node0": {"rotation": "out", "up": True, "sessions": 0}}
+    monkeypatch.setattr(HAProxy, "servers", lambda _: servers)
+    monkeypatch.setattr(HAProxy, "rotate", lambda *_: None)
+    monkeypatch.setattr(MODULE, "KEEP", str(tmp_path))
+    module = Module(rotation=rotation)
+    monkeypatch.setattr(MODULE, "AnsibleModule", lambda **_: module)
+    MODULE.main()
+    assert (module.answer["changed"], module.commands) == (rotation == "in", [[str(tmp_path), "--save"]])

@@ -17,9 +17,9 @@ import pytest
 from rich.console import Console
 
 from glm_fleet import journal, tables
-from glm_fleet.cli import extra_settings
+from glm_fleet.cli import execute, extra_settings
 from glm_fleet.errors import Exit, UsageProblem
-from glm_fleet.playbook import KEPT, judge
+from glm_fleet.playbook import KEPT, Order, judge
 from glm_fleet.view import LiveView, PlainView, State
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -229,6 +229,91 @@ def test_a_token_in_the_environment_stays_out() -> None:
         assert not KEPT.match(name)
     for name in ("PATH", "HOME", "SSH_AUTH_SOCK", "ANSIBLE_CONFIG", "ANSIBLE_VAULT_PASSWORD_FILE", "LC_ALL"):
         assert KEPT.match(name)
+
+
+# --- a full disk ---
+
+
+def test_a_journal_that_cannot_be_written_does_not_end_a_run(tmp_path: Path) -> None:
+    """ansible-playbook alone, with the callback."""
+    (tmp_path / "play.yml").write_text("[{hosts: localhost, tasks: [{command: echo}, {command: echo}]}]")
+    run = subprocess.run(
+        [str(Path(sys.executable).parent / "ansible-playbook"), tmp_path / "play.yml", "-c", "local"],
+        cwd=ROOT,
+        env={**os.environ, "ANSIBLE_CALLBACKS_ENABLED": "glm.fleet.journal", "GLM_FLEET_JOURNAL": "/dev/full"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "failed=0" in run.stdout and "changed=2" in run.stdout
+    said = " ".join(run.stderr.split())
+    assert said.count("/dev/full: the journal has gaps: No space left on device") == 1
+    assert "Traceback" not in said and "callback" not in said
+
+
+def test_a_disk_that_is_full_is_no_place_to_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory").mkdir()
+    monkeypatch.setattr(journal, "MEMORY", tmp_path / "memory")
+    run = journal.create(tmp_path / "runs", "up")
+    run.journal.symlink_to("/dev/full")
+    with pytest.raises(UsageProblem) as problem:
+        execute(Order("up", "site.yml", tmp_path), run, State("up", ()), silent=True)
+    said = "the directory of the runs cannot be written (No space left on device): free some, or pass --runs DIR"
+    assert str(problem.value) == f"{tmp_path}/runs: {said}"
+    assert list((tmp_path / "runs").iterdir()) == list((tmp_path / "memory").iterdir()) == []
+
+
+FILLED = """\
+import os, sys
+from glm_fleet import journal
+def go_on(self, go_on=journal.Copy.go_on):
+    go_on(self)
+    os.dup2(os.open("/dev/full", os.O_WRONLY), self.target)
+journal.Copy.go_on = go_on
+from glm_fleet.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_disk_that_gets_full_does_not_end_a_run(inventory: Path, tmp_path: Path) -> None:
+    (inventory / "hosts.yml").write_text(INVENTORY.replace("192.0.2.1}", "127.0.0.1, ansible_port: 9}"))
+    words = ["verify", "-i", str(inventory), "--runs", str(tmp_path / "runs"), "node-1", "-e", "ansible_ssh_retries=0"]
+    run = subprocess.run(
+        [sys.executable, "-c", FILLED, *words],
+        cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert run.returncode == Exit.UNREACHABLE, run.stderr
+    assert run.stderr.count("No space left on device: the run goes on, its journal and its output may have gaps") == 1
+    assert "Connection refused" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_what_found_no_room_is_kept_once_there_is_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_text("one\ntwo\n")
+    copy, room = journal.Copy(source, target), [5]
+
+    def write(descriptor: int, data: bytes, write: Any = os.write) -> int:
+        if not room[0]:
+            raise OSError(28, "No space left on device")
+        done: int = write(descriptor, data[: room[0]])
+        room[0] -= done
+        return done
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(OSError, match="No space"):
+        copy.go_on()
+    assert target.read_text() == "one\nt"
+    with source.open("a") as file:
+        file.write("three\n")
+    room[0] = 100
+    copy.go_on()
+    copy.close()
+    assert target.read_text() == "one\ntwo\nthree\n"
+
+
+def test_a_journal_is_read_on_after_a_gap(tmp_path: Path) -> None:
+    run = journal.create(tmp_path, "up")
+    run.journal.write_text('{"what": "begin"}\n{"what": "res{"what": "stats"}\n{"what": "end"}\n{"wh')
+    assert [seen["what"] for seen in run.lines()] == ["begin", "end"]
 
 
 # --- what is shown ---
@@ -454,9 +539,13 @@ def test_what_a_killed_run_left_goes_with_the_next(tmp_path: Path) -> None:
     writer = journal.Writer(killed)
     writer.write("begin", command="up", pid=2**22 + 1)  # beyond what the kernel gives
     writer.close()
-    (killed.private / "artifacts").mkdir(parents=True)
+    killed.make_private()
+    place = killed.private.resolve()
+    (place / "artifacts").mkdir()
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700
     journal.create(tmp_path, "status")
-    assert not killed.private.exists()
+    assert not os.path.lexists(killed.private)
+    assert not place.exists()
     assert killed.journal.exists()
 
 

@@ -414,6 +414,52 @@ def test_a_running_leftover_is_stopped_gently_before_the_start(node: Node) -> No
     assert output.index("stopping the container") < output.index("new")
 
 
+def test_a_journal_that_is_gone_holds_no_engine_up(node: Node) -> None:
+    """As after a crash of journald: nobody reads the unit's output any more."""
+    node.install("""
+serve()
+while not os.path.exists(here + "/talk"): time.sleep(0.05)
+for _ in range(20000): print("a line of sixty-four characters, of which an engine prints many", flush=True)
+open(here + "/talked", "w")
+time.sleep(60)
+""")
+    process = node.launch()
+    node.wait_for("READY=1")
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    process.stderr.close()
+    (node.directory / "talk").touch()
+    end = time.monotonic() + 20
+    while not (node.directory / "talked").exists():
+        assert time.monotonic() < end, "the engine was held up"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    assert "stop -t 5 glm-engine" in node.docker_log()
+
+
+def test_a_docker_that_hangs_is_one_that_does_not_answer(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.program(node.directory / "bin/docker", "#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setenv("PATH", f"{node.directory}/bin", prepend=os.pathsep)
+    monkeypatch.setattr(engine_launch, "DOCKER_TIMEOUT", 0.2)
+    assert engine_launch.container_status("glm-engine") is None
+    assert engine_launch.docker("stop", "-t", "0", "glm-engine").returncode != 0
+
+
+def test_a_stop_has_its_own_time_beside_that_of_docker(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[str], float]] = []
+
+    def run(command: list[str], timeout: float, **_: Any) -> subprocess.CompletedProcess[str]:
+        asked.append((command[1:3], timeout))
+        gone = len(asked) > 2
+        return subprocess.CompletedProcess(command, 0, "" if gone else "running\n", "")
+
+    node.install("")
+    monkeypatch.setattr(subprocess, "run", run)
+    engine_launch.clean_up(engine_launch.Release(str(node.release)))
+    assert asked == [(["container", "ls"], 60), (["stop", "-t"], 65), (["container", "ls"], 60)]
+
+
 def test_no_release(node: Node) -> None:
     node.launch()
     code, _, errors = node.end()

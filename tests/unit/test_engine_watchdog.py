@@ -209,11 +209,17 @@ def test_an_engine_that_moves_while_it_is_asked_is_left_alone(node: Node, runnin
     assert node.restarts() == 0
 
 
+@pytest.mark.parametrize("work", [{"running": 1}, {"waiting": 1}])
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_an_engine_with_requests_that_gives_a_token_is_left_alone(tmp_path: Path, engine: str) -> None:
-    """A client that stalls while it sends its body counts as a request in flight, and the engine is well."""
+def test_an_engine_with_requests_that_gives_a_token_is_left_alone(
+    tmp_path: Path, engine: str, work: dict[str, int]
+) -> None:
+    """A client that stalls while it sends its body counts as a request in flight, and the engine is well.
+
+    One whose grammar is compiled waits, for as long as that takes, and others are answered.
+    """
     node = Node(tmp_path, engine)
-    node.works(running=1)
+    node.works(**work)
     node.look(NEVER)
     before = memory(node)["since"]
     for _ in range(2):
@@ -297,6 +303,41 @@ def test_restarts_are_counted_and_one_that_fails_is_said_so(node: Node) -> None:
     assert node.data("watchdog.json")["restarts"] == 2
     assert node.data("watchdog.json")["serves"] is False
     assert "see journalctl -u glm-engine" in node.data("state.json")["reason"]
+
+
+LOOKS = [
+    "", '{"invoc', "[]", "null", "\x00\x00", '{"invocation": "one"}',
+    '{"invocation": "one", "progress": [7.0, 7.0, 7.0], "since": "x", "idle": false}',
+    '{"invocation": "one", "progress": null, "since": 1.5, "idle": false}',
+    '{"invocation": "one", "progress": [7.0], "since": null, "idle": false}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", LOOKS)
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_damaged_look_is_no_look(node: Node, text: str, answers: bool) -> None:
+    """A power cut or a full disk may leave it so: the next look begins anew, and the one after it sees the stall."""
+    node.works(running=1)
+    node.answers = None
+    if not answers:
+        node.metrics = None
+    (node.directory / "run/look.json").write_text(text)
+    assert node.look(NEVER).stderr == ""
+    assert memory(node)["invocation"] == "one"
+    assert (node.look(AT_ONCE).stderr, node.restarts()) == ("", 1)
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"restarts": 3', '{"restarts": null}', '{"restarts": "many"}', '{"restarts": []}']
+)
+def test_a_damaged_record_keeps_nobody_from_restarting(node: Node, text: str) -> None:
+    for name in ("watchdog.json", "state.json"):
+        (node.directory / "data" / name).write_text(text)
+    node.works(running=1)
+    node.answers = None
+    node.look(NEVER)
+    assert node.look(AT_ONCE).stderr == ""
+    assert (node.restarts(), node.data("watchdog.json")["restarts"]) == (1, 1)
 
 
 def test_a_rollout_keeps_its_own_reason(node: Node) -> None:

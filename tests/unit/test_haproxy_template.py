@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import http.client
 import json
+import os
 import shutil
 import socket
 import socketserver
@@ -156,6 +157,7 @@ class Engine(ThreadingHTTPServer):
         self.requests: list[tuple[str, str, dict[str, str], int]] = []
         self.client_left = threading.Event()
         self.refuses = False  # as a node's edge does that has no engine
+        self.hangs = threading.Event()  # takes connections, and answers nothing
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def asked(self) -> list[tuple[str, str, dict[str, str], int]]:
@@ -175,6 +177,8 @@ class EngineHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         size = len(self.rfile.read(int(self.headers.get("Content-Length", 0))))
         headers = {name.lower(): value for name, value in self.headers.items()}
+        while self.server.hangs.is_set():
+            time.sleep(0.05)
         self.server.requests.append((self.command, self.path, headers, size))
         if self.server.refuses and self.path != "/health":
             self.send_response(503)
@@ -238,10 +242,30 @@ class Edge:
         self.logs = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.logs.bind(str(directory / "log"))
         self.logs.settimeout(2)
-        self.process = subprocess.Popen(
-            [HAPROXY, "-W", "-f", config], stdout=subprocess.DEVNULL, stderr=(directory / "stderr").open("w")
+        self.process = self.run(config)
+
+    def run(self, config: Path) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [HAPROXY, "-W", "-f", config], stdout=subprocess.DEVNULL, stderr=(self.directory / "stderr").open("w")
         )
         wait_until(lambda: self.admin("show info") != "", "HAProxy to answer")
+        return process
+
+    def restart(self) -> None:
+        """As after a power cut: the state file is all that is left."""
+        self.process.kill()
+        self.process.wait(10)
+        wait_until(lambda: self.admin("show info") == "", "HAProxy to be gone")
+        self.process = self.run(self.directory / "haproxy.cfg")
+
+    def rows(self) -> dict[str, list[str]]:
+        """By name, the state of each server."""
+        rows = [line.split() for line in self.admin("show servers state engines").splitlines() if "node" in line]
+        return {row[3]: row for row in rows}
+
+    def drained(self) -> set[str]:
+        # Field 7 is the administrative state, whose bit 0x08 says "drained by the operator".
+        return {name for name, row in self.rows().items() if int(row[6]) & 0x08}
 
     @property
     def engine(self) -> Engine:
@@ -254,9 +278,13 @@ class Edge:
             return ""
 
     def reload(self, **options: Any) -> str | None:
-        paths = (str(self.directory / name) for name in ("haproxy/admin.sock", "server-state", "haproxy.cfg"))
-        problem: str | None = RELOAD.reload(self.process.pid, *paths, **options)
+        socket, config = (str(self.directory / name) for name in ("haproxy/admin.sock", "haproxy.cfg"))
+        problem: str | None = RELOAD.reload(self.process.pid, socket, self.files, config, **options)
         return problem
+
+    @property
+    def files(self) -> tuple[str, str]:
+        return str(self.directory / "server-state"), str(self.directory / "copy")
 
     def connect(self, timeout: float = 10) -> http.client.HTTPConnection:
         if self.changes.get("gateway_tls_certificate_file"):
@@ -547,9 +575,7 @@ def test_a_reload_keeps_what_was_drained_and_takes_new_keys_without_a_cut(start:
     assert problem is None
     assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 401
     assert edge.ask("/v1/models", {"x-api-key": OTHER_KEY})[0] == 200
-    states = [line.split() for line in edge.admin("show servers state engines").splitlines() if "node" in line]
-    # Field 7 is the administrative state, whose bit 0x08 says "drained by the operator".
-    assert {line[3]: bool(int(line[6]) & 0x08) for line in states} == {"node0": False, "node1": True}
+    assert edge.drained() == {"node1"}
     assert answer.read().count(b"data:") == 5
 
 
@@ -562,13 +588,167 @@ def test_a_reload_takes_a_new_port_and_keeps_what_was_drained(start: Callable[..
     servers[1]["tls"] = True
     write_files(edge.directory, **edge.changes)
     assert edge.reload() is None
-    rows = [line.split() for line in edge.admin("show servers state engines").splitlines() if "node" in line]
-    assert {row[3]: (int(row[18]), row[20]) for row in rows} == {
+    assert {name: (int(row[18]), row[20]) for name, row in edge.rows().items()} == {
         "node0": (servers[0]["port"], "0"),
         "node1": (servers[1]["port"], "1"),
     }
-    assert {row[3]: bool(int(row[6]) & 0x08) for row in rows} == {"node0": False, "node1": True}
+    assert edge.drained() == {"node1"}
     assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 200
+
+
+# --- the state of the servers, on the disk ---
+
+DAMAGES: dict[str, Callable[[str], str]] = {
+    "empty": lambda _: "",
+    "cut off": lambda text: text[:-40],
+    "a row short": lambda text: "".join(text.splitlines(keepends=True)[:-1]),
+    "another bit": lambda text: text.replace(" 8 1 1 ", " 0 1 1 "),
+    "zeroes": lambda text: "\0" * len(text),
+}
+
+
+class State:
+    """The files, of two servers, one of them drained."""
+
+    def __init__(self, directory: Path) -> None:
+        (directory / "lib").mkdir()
+        self.file, self.copy, self.config = (
+            directory / "server-state",
+            directory / "lib/copy",
+            directory / "haproxy.cfg",
+        )
+        self.config.write_text("backend engines\n    server node0 10.0.0.1:80\n    server node1 a.example:81 check\n")
+        rows = RELOAD.drained(self.config.read_text()).replace(" node0 - 2 8 ", " node0 - 2 0 ")
+        self.files = str(self.file), str(self.copy)
+        self.text = rows.replace("1\n", "1\n# be_id be_name\n", 1)
+
+    def keep(self) -> None:
+        RELOAD.keep(self.text, self.files)
+
+    def check(self) -> str | None:
+        problem: str | None = RELOAD.check_state(self.files, str(self.config))
+        return problem
+
+    def drained(self) -> list[bool]:
+        return [row.split()[6] == "8" for row in self.file.read_text().splitlines() if " engines " in row]
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> State:
+    return State(tmp_path)
+
+
+def test_a_state_that_is_whole_is_left_alone(state: State) -> None:
+    assert state.check() is None
+    assert not state.file.exists()
+    state.keep()
+    before = state.file.read_text()
+    state.copy.unlink()
+    assert (state.check(), state.file.read_text()) == (None, before)
+
+
+def test_a_state_of_a_release_before_is_whole_without_a_seal(state: State) -> None:
+    state.file.write_text(state.text)
+    assert (state.check(), state.file.read_text()) == (None, state.text)
+    state.file.write_text(state.text[:-20])
+    assert "all servers are drained" in str(state.check())
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_state_is_taken_from_its_copy(state: State, damage: str) -> None:
+    state.keep()
+    state.file.write_text(DAMAGES[damage](state.file.read_text()))
+    assert state.check() == f"{state.file} was damaged: taken from {state.copy}"
+    assert state.drained() == [False, True]
+    state.file.unlink()
+    assert state.check() == f"{state.file} was lost: taken from {state.copy}"
+    assert state.drained() == [False, True]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_where_nobody_knows_who_was_drained_all_are(state: State, damage: str) -> None:
+    state.keep()
+    for file in (state.file, state.copy):
+        file.write_text(DAMAGES[damage](file.read_text()))
+    assert "all servers are drained. Put them back with playbooks/undrain.yml" in str(state.check())
+    assert state.drained() == [True, True]
+    assert state.check() is None
+
+
+def test_the_state_is_on_the_disk_before_a_drain_is_done(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    state.keep()
+    places = [path for file in (state.file, state.copy) for path in (f"{file}.new", str(file.parent))]
+    assert synced == places
+
+
+def test_what_was_drained_stays_so_after_a_power_cut(start: Callable[..., Edge]) -> None:
+    edge = start(engines=2, gateway_edges=True)
+    config = str(edge.directory / "haproxy.cfg")
+    edge.admin("set server engines/node1 state drain")
+    RELOAD.save_state(str(edge.directory / "haproxy/admin.sock"), edge.files, config)
+    edge.restart()
+    assert edge.drained() == {"node1"}
+    for damaged, drained in ((1, {"node1"}), (2, {"node0", "node1"})):
+        for file in edge.files[:damaged]:
+            Path(file).write_text("1\n")
+        assert RELOAD.check_state(edge.files, config)
+        edge.restart()
+        assert edge.drained() == drained
+    assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 503
+    edge.admin("set server engines/node0 state ready")
+    assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 200
+
+
+def test_a_name_is_looked_up_anew(start: Callable[..., Edge]) -> None:
+    """HAProxy by itself would go on with the address of the state file for ever."""
+    names = {"node0": "localhost", "node1": "gone.invalid", "node2": "new.invalid"}
+    edge = start(
+        engines=1, gateway_edges=True, gateway_servers=[{"name": n, "address": a, "port": 9} for n, a in names.items()]
+    )
+    rows = {
+        row.split()[3]: row for row in RELOAD.drained((edge.directory / "haproxy.cfg").read_text()).splitlines()[1:]
+    }
+    known = [rows[name].replace(" - ", " 127.0.0.9 ", 1) for name in ("node0", "node1")]
+    RELOAD.keep("\n".join(["1", *known]) + "\n", edge.files)
+    edge.restart()
+    assert edge.rows()["node0"][4] in ("127.0.0.1", "::1")
+    assert edge.rows()["node1"][4] == "127.0.0.9"
+    assert edge.rows()["node2"][4] == "-"
+
+
+# --- connections without a byte ---
+
+
+def keepalive(local: int = 0, remote: int = 0) -> list[float]:
+    """Of the connections of a port, in how many seconds the kernel sends a keep-alive."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    found = [row for row in rows if row[3] == "01" and (local or remote) in (int(row[1][9:], 16), int(row[2][9:], 16))]
+    timers = [row[5].split(":") for row in found if int(row[1 if local else 2][9:], 16) == (local or remote)]
+    return [int(left, 16) / os.sysconf("SC_CLK_TCK") for kind, left in timers if kind == "02"]
+
+
+def test_a_connection_without_a_byte_is_kept_alive_on_both_sides(edge: Edge) -> None:
+    connection = edge.connect()
+    connection.request("POST", "/v1/slow", b"{}", {"x-api-key": KEY})
+    wait_until(lambda: bool(edge.engine.asked()), "the engine to be asked")
+    for timers in (keepalive(local=edge.port), keepalive(remote=edge.engine.server_port)):
+        assert timers and max(timers) <= 30
+    connection.close()
+
+
+def test_a_node_that_hangs_is_seen_by_a_gateway_before_long(start: Callable[..., Edge]) -> None:
+    edge = start(engines=2, gateway_edges=True)
+    wait_until(lambda: len([path for _, path, *_ in edge.engine.requests if path == "/health"]) > 0, "a check")
+    edge.engine.hangs.set()
+    wait_until(lambda: edge.rows()["node0"][5] == "0", "the health check to see it", 25)
+    edge.engine.hangs.clear()
+
+
+def test_an_engine_has_its_time_to_answer_a_check() -> None:
+    assert "timeout check 30s" in template("haproxy.cfg.j2")
+    assert "timeout check 3s" in template("haproxy.cfg.j2", **VARIANTS["a gateway"])
 
 
 def test_a_configuration_that_haproxy_refuses_leaves_the_old_one(edge: Edge) -> None:
@@ -585,7 +765,7 @@ def test_the_program_ends_with_one_line(
     monkeypatch.setattr(RELOAD, "CONFIG", str(tmp_path / "absent"))
     monkeypatch.setattr("sys.argv", ["gateway-reload", str(2**22 - 1)])
     assert RELOAD.main() == 1
-    assert capsys.readouterr().err.startswith("glm: error: HAProxy was not reloaded")
+    assert capsys.readouterr().err.startswith("glm: error: HAProxy: it was not reloaded: ")
 
 
 def test_the_unit_takes_our_settings(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ def test_a_bare_node_is_all_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_what_the_files_say(tmp_path: Path) -> None:
     (tmp_path / "current").mkdir()
+    (tmp_path / "current/run").touch()
     release = {"id": "r", "engine": "vllm", "image": "i", "image_digest": "d", "model_revision": "m"}
     (tmp_path / "current/release.json").write_text(json.dumps(release))
     (tmp_path / "state.json").write_text(json.dumps({"phase": "serving", "since": "s", "reason": None}))
@@ -32,6 +33,19 @@ def test_what_the_files_say(tmp_path: Path) -> None:
     assert (seen["phase"], seen["release"], seen["engine"], seen["image_digest"]) == ("serving", "r", "vllm", "d")
     assert seen["verified"]["ok"] is True
     assert seen["in_flight"] is None and seen["edge"] is None
+
+
+def test_a_link_to_a_release_that_is_gone_is_said(tmp_path: Path) -> None:
+    """The state says that it serves, and systemd passes over the engine's next start."""
+    (tmp_path / "state.json").write_text(json.dumps({"phase": "serving", "since": "s", "reason": "of before"}))
+    link = tmp_path / "current"
+    link.symlink_to("releases/abc")
+    said = f"{link} points to releases/abc, where no release is: the engine cannot be started: run site.yml"
+    assert read(tmp_path)["reason"] == said
+    (tmp_path / "releases/abc").mkdir(parents=True)
+    assert read(tmp_path)["reason"] == said
+    (tmp_path / "releases/abc/run").touch()
+    assert read(tmp_path)["reason"] == "of before"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])

@@ -46,6 +46,8 @@ class Systemd:
         output = self.journal if argv[0] == "journalctl" else ""
         if "JOB_RESULT=done" in argv:
             output = self.finished
+        if argv[:2] == ("systemctl", "cat"):
+            output = "# /etc/x.service\n[Unit]\nConditionPathExists=/opt/x/run\n[Service]\nExecStart=/bin/x\n"
         if argv[:2] == ("systemctl", "show"):
             state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
             output = "".join(f"{key}={value}\n" for key, value in state.items())
@@ -91,6 +93,38 @@ def test_a_short_run_ends_in_the_first_call(monkeypatch: pytest.MonkeyPatch) -> 
     calls = client(monkeypatch, 0)
     assert unit(Systemd([IDLE])).start()["phase"] == "done"
     assert calls == [["systemctl", "start", "x.service"]]
+
+
+SKIPPED = {
+    **SERVICE, "ActiveState": "inactive", "SubState": "dead", "InvocationID": "of before",
+    "ConditionResult": "no", "ConditionTimestampMonotonic": "1234",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_start_that_systemd_passes_over_is_a_failure(monkeypatch: pytest.MonkeyPatch, restart: bool) -> None:
+    """For systemctl it is a success."""
+    client(monkeypatch, 0)
+    result = unit(Systemd([SKIPPED], journal="of before"), restart=restart).start()
+    assert result["phase"] == "failed"
+    assert result["message"] == (
+        "x.service: systemd passed over its start: a condition of the unit is not met "
+        "(ConditionPathExists=/opt/x/run): see systemctl status x.service"
+    )
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {**SERVING, "ConditionResult": "yes", "ConditionTimestampMonotonic": "1234"},
+        # A oneshot unit that has ended is forgotten: no condition was looked at.
+        {**IDLE, "ConditionResult": "no", "ConditionTimestampMonotonic": "0"},
+        {**IDLE, "ConditionResult": "yes", "ConditionTimestampMonotonic": "1234"},
+    ],
+)
+def test_a_start_whose_conditions_are_met_is_done(monkeypatch: pytest.MonkeyPatch, state: dict[str, str]) -> None:
+    client(monkeypatch, 0)
+    assert unit(Systemd([IDLE, state])).start()["phase"] == "done"
 
 
 @pytest.mark.parametrize(("code", "phase"), [(0, "done"), (1, "failed")])
