@@ -38,7 +38,8 @@ def test_docker_that_is_slow_is_waited_for(node: Life) -> None:
 
 def test_a_fabric_that_takes_minutes_is_waited_for(node: Life) -> None:
     """CUDA would end in error 802 until all GPUs have joined it."""
-    node.run(f'mkdir -p /etc/nvidia-stand-in && echo \'{{"fabric": "In Progress"}}\' > {MACHINE}')
+    state = '{"all": {"fabric_state": "In Progress", "fabric_status": "N/A"}}'
+    node.run(f"mkdir -p $(dirname {MACHINE}) && cat > {MACHINE}", stdin=state)
     try:
         node.reboot()
         node.wait(lambda: node.waits_for("the NVLink fabric, which is In Progress"))
