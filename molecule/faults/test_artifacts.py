@@ -18,7 +18,7 @@ NEXT_REVISION = "2" * 40
 NO_SUCH_DIGEST = f"sha256:{'0' * 64}"
 # The next revision has the same weights, which would be linked: elsewhere they are downloaded.
 ELSEWHERE = {
-    "glm_models_dir": "/var/lib/glm/elsewhere",
+    "glm_weights_dir": "/var/lib/glm/elsewhere",
     "model_weights_attempts": 1,
     "glm_model_revision": NEXT_REVISION,
 }
@@ -69,7 +69,7 @@ def test_unfit_weights_never_serve(name: str, case: Case, release: str) -> None:
         with case.mirror.hub(**faults):
             run = case.play(seconds=240, **case.next(**ELSEWHERE))
         case.unprepared(run, line, release)
-        there = case.node().run(f"ls {ELSEWHERE['glm_models_dir']}/* 2>/dev/null; true").split()
+        there = case.node().run(f"ls {ELSEWHERE['glm_weights_dir']}/* 2>/dev/null; true").split()
         assert NEXT_REVISION not in there
     finally:
         for node in NODES:
@@ -133,7 +133,7 @@ def test_a_disk_that_fills_up_ends_the_copy(case: Case, release: str) -> None:
             faults.enter_context(case.node(name).small_disk("/srv/elsewhere", "1100m"))
         faults.enter_context(case.mirror.hub(bytes_per_second=20_000))
         acting = as_it_copies(case, lambda node: node.run(fill, check=False))
-        run = case.play(seconds=240, **case.next(**{**ELSEWHERE, "glm_models_dir": "/srv/elsewhere"}))
+        run = case.play(seconds=240, **case.next(**{**ELSEWHERE, "glm_weights_dir": "/srv/elsewhere"}))
         for thread in acting:
             thread.join()
     for name in NODES:

@@ -96,7 +96,7 @@ def test_a_lost_connection_does_not_end_a_copy(case: Case, release: str) -> None
     elsewhere = "/var/lib/glm/elsewhere"
     settings = {
         "glm_model_revision": "2" * 40,
-        "glm_models_dir": elsewhere,
+        "glm_weights_dir": elsewhere,
     }
 
     def lose(node: Machine) -> None:

@@ -109,7 +109,7 @@ def test_unfit_weights_are_not_put_into_service(name: str, node: Node, play: Pla
         with node.hub(**faults):
             run = play(
                 glm_model_revision=NEXT_REVISION,
-                glm_models_dir=ELSEWHERE,
+                glm_weights_dir=ELSEWHERE,
                 model_weights_attempts=1,
                 seconds=180,
             )

@@ -66,6 +66,12 @@ class Context:
         return not (node["docker"]["running"] and node["container_toolkit"] and node["packages"].get("haproxy"))
 
     @property
+    def weights_path(self) -> str:
+        """Where the weights go, if that is known yet."""
+        path: str = self.wanted["model_directory"]
+        return path if path in self.node["disks"] else self.wanted["data_directory"]
+
+    @property
     def model(self) -> Mapping[str, Any]:
         found: Mapping[str, Any] = self.node["models"].get(self.wanted["model_directory"], {})
         return found
@@ -182,7 +188,7 @@ def needs_by_mount(c: Context) -> dict[str, tuple[int, int, list[str]]]:
     data = c.wanted["data_directory"]
     if not c.weights_present:
         there = c.model.get("partial_bytes", 0)
-        add(data, c.wanted["weights"].get("total_bytes", 0) - there, "for the rest of the weights")
+        add(c.weights_path, c.wanted["weights"].get("total_bytes", 0) - there, "for the rest of the weights")
     if not c.image_present:
         unpacked = (c.wanted["image"].get("size_bytes") or 0) * c.wanted["image_unpacked_factor"]
         add(c.image_directory, int(unpacked), "for the image")
@@ -191,9 +197,11 @@ def needs_by_mount(c: Context) -> dict[str, tuple[int, int, list[str]]]:
 
 
 def larger_disk(c: Context, mount: str) -> str:
-    """How what fills a file system goes to another: the data, else the image."""
+    """How what fills a file system goes to another: the data, the weights, else the image."""
     if c.node["disks"].get(c.wanted["data_directory"], {}).get("mount") == mount:
         return "set glm_data_dir to a path on a larger disk"
+    if c.node["disks"].get(c.weights_path, {}).get("mount") == mount:
+        return "set glm_weights_dir to a path on a larger disk"
     images, docker = PurePosixPath(c.image_directory), c.node["docker"]["root_dir"]
     # Docker's own containerd lies in Docker's directory, and moves with it.
     of_docker = docker in map(str, [images, *images.parents]) if docker else images.name != "containerd"
@@ -225,6 +233,18 @@ def inodes(c: Context) -> Iterator[Finding]:
                 f"too few inodes at {disk['mount']} for {path} (found {disk['free_inodes']} free, wanted {minimum})",
                 "delete what holds many small files there, or set glm_data_dir to another disk",
             )
+
+
+@refusal
+def shared_state(c: Context) -> Iterator[Finding]:
+    disk = c.node["disks"].get(c.wanted["data_directory"], {})
+    if disk.get("shared"):
+        yield Finding(
+            "shared_state",
+            f"the state and the caches of nodes would be one (found {disk['type']} at {disk['mount']} for "
+            f"{c.wanted['data_directory']}, wanted a file system of the node's own)",
+            "set glm_data_dir to a local path, and glm_weights_dir to the shared one for the weights alone",
+        )
 
 
 # ---- the first boot, apt, Docker

@@ -165,6 +165,7 @@ from ansible_collections.glm.fleet.plugins.module_utils.authority import context
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node import cdi
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.docker import docker_get, docker_runs, image_root
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_text
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.mounts import is_shared, mount_of
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.processes import open_files, parse_container_id
 
 LISTEN = "0A"
@@ -209,6 +210,8 @@ class Disk(TypedDict):
     free_inodes: int
     total_inodes: int
     mount: str
+    type: str  # as /proc/self/mountinfo has it
+    shared: bool  # whether other machines may have the same
 
 
 class Port(TypedDict):
@@ -355,12 +358,15 @@ def disk(path: str) -> Disk:
     mount = existing.resolve()
     while not os.path.ismount(mount):
         mount = mount.parent
+    kind = mount_of(str(existing))[1]
     return {
         "free_bytes": stat.f_bavail * stat.f_frsize,
         "total_bytes": stat.f_blocks * stat.f_frsize,
         "free_inodes": stat.f_favail,
         "total_inodes": stat.f_files,
         "mount": str(mount),
+        "type": kind,
+        "shared": is_shared(kind),
     }
 
 

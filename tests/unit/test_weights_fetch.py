@@ -18,6 +18,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node import mounts
 from ansible_collections.glm.fleet.plugins.modules.hub_manifest import Hub
 from small_hub import DOCKER, REPO, REVISION, SHARDS, TOKEN, SmallHub, model, small_hub
 
@@ -106,7 +107,7 @@ class Node:
         return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
     def names(self) -> set[str]:
-        return {path.name for path in self.models.iterdir()}
+        return {path.name for path in self.models.iterdir()} - {".glm-lock"}
 
     def docker_runs(self) -> list[list[str]]:
         calls = [json.loads(line) for line in self.docker_log.read_text().splitlines()]
@@ -500,12 +501,93 @@ def test_a_full_disk_is_told_before_the_download(node: Node, monkeypatch: pytest
     assert not node.docker_log.exists()
 
 
-def test_two_at_once_are_refused(node: Node) -> None:
-    node.models.mkdir()
-    lock = os.open(node.models, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    assert "another weights-fetch" in node.error()
-    os.close(lock)
+def hold(node: Node, holder: str) -> int:
+    """The lock, as another node has it."""
+    node.models.mkdir(exist_ok=True)
+    descriptor = os.open(node.models / ".glm-lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    os.write(descriptor, f"{holder}\n".encode())
+    return descriptor
+
+
+def test_of_two_nodes_one_fetches_and_the_other_waits_for_it(node: Node) -> None:
+    descriptor = hold(node, "node-2")
+    process = node.start()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.communicate(timeout=2)
+    # What node-2 leaves behind.
+    manifest = Hub(node.hub.endpoint).manifest(REPO, REVISION)
+    for path, content in model().items():
+        (node.models / REVISION / path).parent.mkdir(parents=True, exist_ok=True)
+        (node.models / REVISION / path).write_bytes(content)
+    (node.models / REVISION / ".glm-manifest.json").write_text(json.dumps(manifest))
+    os.close(descriptor)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert "waiting for node-2, which works in" in out
+    assert "complete: 6 files, fetched and checked by node-2" in out
+    assert not node.docker_log.exists()
+
+
+def test_a_node_that_was_lost_leaves_the_rest_to_the_next(node: Node) -> None:
+    os.close(hold(node, "node-2"))
+    assert "complete: 6 files" in node.ok()
+    assert (node.models / ".glm-lock").read_text() == f"{socket.gethostname()}\n"
+
+
+def test_files_are_copied_from_a_directory_of_the_user_and_checked(node: Node) -> None:
+    source = node.path / "shared"
+    (source / "more").mkdir(parents=True)
+    shards = [name for name in model() if name.endswith(".safetensors")]
+    for name in shards:
+        (source / name).write_bytes(model()[name])
+    (source / shards[0]).write_bytes(flip(model()[shards[0]]))
+    (source / "more/notes.txt").write_text("not of the model")
+    said = node.ok(source=str(source))
+    assert f"of it from {source}" in said
+    assert "downloading it once more" in said, "the damaged one"
+    content = node.content()
+    content.pop(".glm-manifest.json")
+    assert content == model()
+    fetched = {name for run in node.docker_runs() for name in run if name.endswith(".safetensors")}
+    assert fetched == {shards[0]}
+
+
+def test_a_source_that_is_not_mounted_is_named(node: Node) -> None:
+    assert "glm_weights_source: /nowhere is no directory on this node: is it mounted?" in node.error(source="/nowhere")
+
+
+def test_nothing_is_removed_from_a_file_system_that_others_share(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    for revision in (REVISION, SECOND):
+        node.ok(revision, keep=1)
+    assert node.names() == {SECOND}
+    weights_fetch = load()
+    monkeypatch.setattr(weights_fetch, "mount_of", lambda path: ("/mnt", "nfs4"))
+    config = weights_fetch.Config.read(node.configure(THIRD, keep=1))
+    (node.models / THIRD).mkdir()
+    weights_fetch.prune(config)
+    assert node.names() == {SECOND, THIRD}
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("/var/lib/glm/models", ("/var/lib/glm", "nfs4")),
+        ("/var/lib/glmx", ("/", "ext4")),
+        ("/srv/my disk/x", ("/srv/my disk", "fuse.weka")),
+        ("/", ("/", "ext4")),
+    ],
+)
+def test_the_file_system_of_a_path(path: str, found: tuple[str, str], tmp_path: Path) -> None:
+    table = tmp_path / "mountinfo"
+    table.write_text(
+        "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n"
+        "2 1 0:9 / /var/lib/glm rw shared:3 - ext4 /dev/sdb rw\n"
+        "3 1 0:5 / /var/lib/glm rw shared:3 - nfs4 server:/x rw\n"
+        "4 1 0:6 / /srv/my\\040disk rw - fuse.weka weka rw\n"
+    )
+    assert mounts.mount_of(path, str(table)) == found
+    assert mounts.is_shared(found[1]) is (found[1] != "ext4")
 
 
 def test_an_unreadable_configuration(node: Node) -> None:
