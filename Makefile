@@ -99,6 +99,7 @@ driver: venv engine ## Install, adopt and replace the driver on nodes of five ki
 .PHONY: node-life
 node-life: venv engine ## A node on its own: boots, updates, disks, networks and downloads, without a run beside it
 	@tests/run node-life
+	@molecule/faults/table.py node-life
 
 .PHONY: faults
 faults: venv engine ## Inject every fault of the list under load, and write docs/faults.md
