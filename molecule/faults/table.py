@@ -31,9 +31,9 @@ def life() -> int:
     lines = [
         LIFE_TITLE,
         "",
-        "Written by `make node-life`: what the system, the network and the provider do to a node while no run is under",
-        "way, or before the first one, and how it ends. Each was done for real to a node that serves, with nobody there",
-        "to help, unless a run is named.",
+        "Written by `make node-life`: what the system, the network and the provider do to a node while no run is",
+        "under way, or before the first one, and how it ends. Each was done for real to a node that serves, with",
+        "nobody there to help, unless a run is named.",
         "",
         "| what happened, and how it ended | seconds |",
         "|---|---|",
