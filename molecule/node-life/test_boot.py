@@ -36,6 +36,19 @@ def test_docker_that_is_slow_is_waited_for(node: Life) -> None:
         node.remove_drop_in("docker.service")
 
 
+def test_a_cdi_file_that_the_boot_could_not_write_is_written_later(node: Life) -> None:
+    """The unit ran before the driver was there, and does not run again by itself."""
+    node.drop_in("nvidia-cdi-refresh.service", "[Unit]\nConditionPathExists=/root/the-driver-is-there\n")
+    try:
+        node.reboot()
+        node.wait(lambda: node.waits_for("the CDI device nvidia.com/gpu=all"))
+        node.run("touch /root/the-driver-is-there")
+        node.wait(node.serves)
+    finally:
+        node.run("rm -f /root/the-driver-is-there")
+        node.remove_drop_in("nvidia-cdi-refresh.service")
+
+
 def test_a_fabric_that_takes_minutes_is_waited_for(node: Life) -> None:
     """CUDA would end in error 802 until all GPUs have joined it."""
     state = '{"all": {"fabric_state": "In Progress", "fabric_status": "N/A"}}'

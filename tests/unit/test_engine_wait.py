@@ -118,6 +118,26 @@ def test_it_waits_and_says_for_what(node: Node, capsys: pytest.CaptureFixture[st
     assert "engine-wait: all there after" in said
 
 
+def test_a_cdi_file_that_was_written_too_early_is_written_again(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_wait, "REFRESH_INTERVAL", 0.3)
+    log = node.directory / "systemctl.log"
+    node.program("systemctl", f'echo "$*" >> {log}')
+    node.devices = []
+    node.smi(["Completed"])
+    node.needs["timeout"] = 0.6
+    assert engine_wait.wait(node.needs) == 1
+    assert not log.exists(), "the GPUs are not there yet"
+    node.smi(["Completed", "Completed"])
+
+    def written() -> None:
+        node.devices = ["nvidia.com/gpu=all"]
+
+    threading.Timer(1, written).start()
+    node.needs["timeout"] = 5
+    assert engine_wait.wait(node.needs) == 0
+    assert "--no-block restart nvidia-cdi-refresh.service" in log.read_text()
+
+
 def test_it_does_not_wait_for_ever(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
     node.docker, node.needs["timeout"] = None, 0.2
     assert engine_wait.wait(node.needs) == 1
