@@ -39,9 +39,10 @@ CERTIFICATES = f"""set -e
 apt-get update -q
 DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends openssl
 mkdir -p /etc/private && cd /etc/private
-openssl req -x509 -newkey rsa:2048 -nodes -days 30 -subj '/CN=Private authority' -keyout ca.key -out ca.crt
+openssl req -x509 -newkey rsa:2048 -nodes -days 30 -subj '/CN=Private authority' -keyout ca.key -out ca.crt \
+  -addext keyUsage=critical,keyCertSign,cRLSign
 openssl req -newkey rsa:2048 -nodes -subj '/CN=mirror' -keyout mirror.key -out mirror.csr
-printf 'subjectAltName=IP:{MIRROR}\\n' > san
+printf 'subjectAltName=IP:{MIRROR}\\nauthorityKeyIdentifier=keyid\\nsubjectKeyIdentifier=hash\\n' > san
 openssl x509 -req -in mirror.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 30 -extfile san -out mirror.crt
 """
 # What the node itself opens goes to the proxy or nowhere; SSH comes in.
