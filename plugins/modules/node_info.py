@@ -526,7 +526,8 @@ def probe(url: str, timeout: int, way: Way, follow: bool = False) -> Probe:
         answer_with_error.close()
     except (OSError, ValueError, http.client.HTTPException) as problem:
         error = describe(problem)
-    if status is not None and status >= 500:
+    # A file's 503 is one of a moment, which the download waits out: here the way to it counts.
+    if status is not None and status >= 500 and not follow:
         error = f"HTTP {status}"
     if error and isinstance(redirects, _Follow) and redirects.host:
         error = f"{error}, at {redirects.host}, where it leads to"

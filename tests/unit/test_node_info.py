@@ -83,6 +83,8 @@ def test_a_file_is_asked_for_where_the_hub_sends_a_client_on_to(server: str) -> 
         Hub.cdn = f"{server}/200"
         assert node_info.probe(url, 5, node_info.Way(), follow=True)["ok"]
         assert Hub.bytes == "bytes=0-0", "the file itself may have gigabytes"
+        Hub.cdn = f"{server}/503"
+        assert node_info.probe(url, 5, node_info.Way(), follow=True)["ok"], "the download waits that out"
         Hub.cdn = "http://127.0.0.1:1/file"
         assert node_info.probe(url, 5, node_info.Way())["ok"], "the hub itself answers"
         said = node_info.probe(url, 5, node_info.Way(), follow=True)["error"]
