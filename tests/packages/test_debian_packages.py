@@ -26,7 +26,10 @@ sed -i 's/ main$/ main contrib non-free non-free-firmware/' /etc/apt/sources.lis
 DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends \
   nvidia-open-kernel-dkms nvidia-smi libcuda1 nvidia-persistenced
 """
-ASK = "import json, sys, driver_info; print(json.dumps(driver_info.collect(json.load(sys.stdin))))"
+ASK = """import json, sys
+from ansible_collections.glm.fleet.plugins.modules import driver_info
+print(json.dumps(driver_info.collect(json.load(sys.stdin))))
+"""
 WANTED: dict[str, Any] = {
     "mode": "adopt",
     "branch": 570,
