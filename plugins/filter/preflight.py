@@ -411,9 +411,9 @@ ADDRESSES: dict[str, tuple[Callable[[Context], bool], str]] = {
     "registry_files": (lambda c: not c.image_present, "glm_registry_mirror"),
     "hub": (lambda c: not c.weights_present, "glm_hf_endpoint"),
     "hub_files": (lambda c: not c.weights_present, "glm_hf_endpoint"),
-    # Only tried where the packages are not there.
-    "docker_packages": (lambda c: True, "glm_docker_apt_url"),
-    "toolkit_packages": (lambda c: True, "glm_nvidia_container_apt_url"),
+    # They may have come in another way than by these packages.
+    "docker_packages": (lambda c: not c.node["docker"].get("version"), "glm_docker_apt_url"),
+    "toolkit_packages": (lambda c: not c.node["container_toolkit"], "glm_nvidia_container_apt_url"),
     "driver_packages": (lambda c: not c.driver, "glm_nvidia_apt_url"),
 }
 

@@ -16,7 +16,8 @@ def context(certificates: str) -> ssl.SSLContext:
     """Trusts the system's authorities and these, as PEM."""
     trusted = ssl.create_default_context()
     if certificates:
-        trusted.load_verify_locations(cadata=certificates)
+        # Comments between the certificates may be in any language.
+        trusted.load_verify_locations(cadata=certificates.encode("ascii", "ignore").decode())
     return trusted
 
 

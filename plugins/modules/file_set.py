@@ -103,6 +103,13 @@ import tempfile
 from typing import Any, Callable
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_text
+
+
+def mounts_below(path: str, table: str = "/proc/self/mountinfo") -> list[str]:
+    """Mount points below a path, not the path itself."""
+    points = [line.split()[4] for line in read_text(table).splitlines() if len(line.split()) > 4]
+    return sorted(point for point in points if point.startswith(f"{os.path.realpath(path)}/"))
 
 
 class Refused(Exception):
@@ -216,6 +223,10 @@ class FileSet:
     def _absent(self, path: str) -> None:
         if not os.path.lexists(path):
             return
+        mounted = mounts_below(path)
+        if mounted:
+            # It may be shared with others, who use what is there.
+            raise Refused(f"{path} has a file system mounted in it at {mounted[0]}: unmount that first, or keep {path}")
         self._note(path, "present\n", "")
         if self.check:
             return

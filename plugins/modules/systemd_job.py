@@ -102,8 +102,8 @@ class Unit:
         joined = is_starting(state) and not self.params["restart"]
         if joined or self._started_before():
             return self.watch()
-        if state.get("ActiveState") == "failed":  # an operator's start is not one of those that the start limit counts
-            self.command("systemctl", "reset-failed", self.name)
+        # An operator's start is not one of those that a start limit counts; one that is inactive may have used it up.
+        self.command("systemctl", "reset-failed", self.name)
         # One that systemd is about to start again would wait for that, where a restart is at once.
         verb = "restart" if self.params["restart"] or is_to_restart(state) else "start"
         client = subprocess.Popen(

@@ -182,6 +182,8 @@ def test_a_damaged_record_and_a_full_disk_keep_nobody_from_starting(tmp_path: Pa
     assert (record.failures(), record.pause()) == (0, 0)
     (tmp_path / "starts.json").write_text('{"failures": "many"}')
     assert record.failures() == 0
+    (tmp_path / "starts.json").write_text('{"failures": 5000}')
+    assert record.pause() == starts.LONGEST - starts.RESTART_SEC
     nowhere = starts.Starts(str(tmp_path / "nowhere"))
     nowhere.failed()
     assert nowhere.failures() == 0

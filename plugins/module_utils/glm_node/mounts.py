@@ -34,4 +34,4 @@ def mount_of(path: str, table: str = "/proc/self/mountinfo") -> tuple[str, str]:
 
 def is_shared(kind: str) -> bool:
     """Whether a file system of this type may be mounted by several machines."""
-    return kind in SHARED or (kind.startswith("fuse.") and kind not in LOCAL_FUSE)
+    return kind in SHARED or kind == "fuse" or (kind.startswith("fuse.") and kind not in LOCAL_FUSE)

@@ -27,7 +27,7 @@ class Starts:
 
     def pause(self) -> float:
         """Seconds, beside those of the unit: 0, 30, 90 ... after the first, second, third failure."""
-        return max(min(RESTART_SEC * 2.0 ** (self.failures() - 1), LONGEST) - RESTART_SEC, 0)
+        return max(min(RESTART_SEC * 2.0 ** min(self.failures() - 1, 10), LONGEST) - RESTART_SEC, 0)
 
     def serves(self) -> None:
         self._write({"failures": self.failures(), "serves_since": time.monotonic()})
