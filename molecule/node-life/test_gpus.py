@@ -15,6 +15,8 @@ CASES = {
 @pytest.mark.parametrize("fault", CASES)
 def test_a_node_without_cuda_is_refused_before_the_weights_are_fetched(fault: str, node: Life) -> None:
     node.run(f"systemctl stop glm-engine && mkdir -p $(dirname {FAULT}) && echo '{fault}' > {FAULT}")
+    # The CDI file mounts the folder of the fault where it is there as the file is written.
+    node.run("systemctl restart nvidia-cdi-refresh")
     weights = node.run("systemctl show glm-weights.service --property=InvocationID").strip()
     try:
         assert len(node.run("nvidia-smi -L").splitlines()) == 8
