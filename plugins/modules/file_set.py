@@ -103,13 +103,7 @@ import tempfile
 from typing import Any, Callable
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_text
-
-
-def mounts_below(path: str, table: str = "/proc/self/mountinfo") -> list[str]:
-    """Mount points below a path, not the path itself."""
-    points = [line.split()[4] for line in read_text(table).splitlines() if len(line.split()) > 4]
-    return sorted(point for point in points if point.startswith(f"{os.path.realpath(path)}/"))
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.mounts import mounts_below
 
 
 class Refused(Exception):

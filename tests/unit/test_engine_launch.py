@@ -1,8 +1,6 @@
 """engine-launch, with programs of the test in the place of `docker` and of the engine."""
 
 import contextlib
-import importlib.machinery
-import importlib.util
 import json
 import os
 import signal
@@ -17,16 +15,11 @@ from typing import Any
 
 import pytest
 import yaml
+from loading import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "roles/inference_service/files/engine-launch"
-_loader = importlib.machinery.SourceFileLoader("engine_launch", str(PROGRAM))
-_spec = importlib.util.spec_from_loader("engine_launch", _loader)
-assert _spec
-sys.dont_write_bytecode, _kept = True, sys.dont_write_bytecode
-engine_launch: Any = importlib.util.module_from_spec(_spec)
-_loader.exec_module(engine_launch)
-sys.dont_write_bytecode = _kept
+engine_launch: Any = load_file(PROGRAM, "engine_launch")
 
 # Keeps the container's state in a file and its process id in another, as the test's engine leaves them.
 DOCKER = """#!/bin/sh

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import json
-import sys
 import threading
 import time
 from pathlib import Path
@@ -13,15 +10,10 @@ from typing import Any
 
 import pytest
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node import starts
+from loading import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-_loader = importlib.machinery.SourceFileLoader("engine_wait", str(ROOT / "roles/inference_service/files/engine-wait"))
-_spec = importlib.util.spec_from_loader("engine_wait", _loader)
-assert _spec
-sys.dont_write_bytecode, _kept = True, sys.dont_write_bytecode
-engine_wait: Any = importlib.util.module_from_spec(_spec)
-_loader.exec_module(engine_wait)
-sys.dont_write_bytecode = _kept
+engine_wait: Any = load_file(ROOT / "roles/inference_service/files/engine-wait", "engine_wait")
 
 
 class Node:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.glm.fleet.plugins.action.file_set import in_place
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node import mounts
 from ansible_collections.glm.fleet.plugins.modules import file_set, node_info
 
 
@@ -184,5 +185,5 @@ def test_a_set_that_is_known_to_be_in_place_costs_no_round_trip(tmp_path: Path) 
 def test_a_file_system_within_a_directory_is_not_removed_with_it(tmp_path: Path) -> None:
     table = tmp_path / "mountinfo"
     table.write_text(f"1 0 8:1 / / rw - ext4 /dev/sda1 rw\n2 1 0:5 / {tmp_path}/data/models rw - nfs4 server:/x rw\n")
-    assert file_set.mounts_below(f"{tmp_path}/data", str(table)) == [f"{tmp_path}/data/models"]
-    assert file_set.mounts_below(f"{tmp_path}/data/models", str(table)) == []
+    assert mounts.mounts_below(f"{tmp_path}/data", str(table)) == [f"{tmp_path}/data/models"]
+    assert mounts.mounts_below(f"{tmp_path}/data/models", str(table)) == []

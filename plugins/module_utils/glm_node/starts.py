@@ -18,7 +18,8 @@ PROVEN = 3600
 class Starts:
     """A file in the unit's runtime directory, which systemd keeps as long as it restarts the unit by itself."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str = "") -> None:
+        directory = directory or os.environ.get("RUNTIME_DIRECTORY", "/run/glm-engine")
         self.path = os.path.join(directory, "starts.json")
 
     def failures(self) -> int:
