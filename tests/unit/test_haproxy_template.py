@@ -35,7 +35,13 @@ DEFAULTS: dict[str, Any] = {
     "gateway_auth": "keys",
     "gateway_tls_certificate_file": "",
     "gateway_max_connections": 512,
-    "gateway_client_timeout": "1h",
+    "gateway_source_connections": 400,
+    "gateway_source_errors": 100,
+    "gateway_trusted_sources": [],
+    "gateway_max_requests": 512,
+    "gateway_max_queue": 128,
+    "gateway_cors_origins": [],
+    "gateway_client_timeout": "60s",
     "gateway_server_timeout": "1h",
     "gateway_servers": [{"name": "node1", "address": "127.0.0.1", "port": 8001}],
     "gateway_edges": False,
@@ -52,6 +58,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a gateway": {"gateway_servers": THREE, "gateway_edges": True},
     "a gateway without a bound": {"gateway_servers": THREE, "gateway_edges": True, "gateway_balance_factor": 0},
     "every address": {"gateway_bind_address": "::"},
+    "without limits": {"gateway_source_connections": 0, "gateway_max_requests": 0},
+    "for browsers": {"gateway_cors_origins": ["https://chat.example", "http://localhost:3000"]},
     "one address": {"gateway_bind_address": "127.0.0.1"},
     "all at once": {
         "gateway_auth": "none",
@@ -158,6 +166,7 @@ class Engine(ThreadingHTTPServer):
         self.client_left = threading.Event()
         self.refuses = False  # as a node's edge does that has no engine
         self.hangs = threading.Event()  # takes connections, and answers nothing
+        self.held = threading.Event()  # until then a request of /v1/held waits
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def asked(self) -> list[tuple[str, str, dict[str, str], int]]:
@@ -188,6 +197,18 @@ class EngineHandler(BaseHTTPRequestHandler):
             self.stream()
         elif self.path == "/v1/slow":
             self.slow()
+        elif self.path == "/v1/death":
+            self.close_connection = True
+        elif self.path == "/v1/full":
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif self.path == "/v1/held":
+            self.server.held.wait(20)
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
         else:
             self.send_response(200)
             self.send_header("Content-Length", "2")
@@ -494,6 +515,164 @@ def test_a_gateway_asks_another_node_where_one_has_no_engine(start: Callable[...
     assert edge.engines[1].asked()[0][2]["x-api-key"] == KEY
 
 
+@pytest.mark.parametrize(("path", "status"), [("/v1/death", 502), ("/v1/full", 502)])
+def test_what_an_engine_has_taken_is_sent_to_no_other(start: Callable[..., Edge], path: str, status: int) -> None:
+    """A request that kills its engine would kill one after another."""
+    with Engine() as first, Engine() as second:
+        node = start(engines=1, gateway_servers=[{"name": "n", "address": "127.0.0.1", "port": first.server_port}])
+        assert node.ask(path, {"x-api-key": KEY}, b"{}")[0] == status
+        assert len(first.asked()) == 1
+        for engine in (first, second):
+            engine.requests.clear()
+        servers = [
+            {"name": f"n{n}", "address": "127.0.0.1", "port": e.server_port} for n, e in enumerate((first, second))
+        ]
+        write_files(node.directory, **{**node.changes, "gateway_servers": servers, "gateway_edges": True})
+        assert node.reload() is None
+        if path == "/v1/death":  # a 503 would be a node's own word here
+            assert node.ask(path, {"x-api-key": KEY}, b"{}")[0] == status
+            assert len(first.asked() + second.asked()) == 1
+        first.shutdown()
+        second.shutdown()
+
+
+# --- limits ---
+
+
+def in_background(edge: Edge, path: str, answers: list[int]) -> threading.Thread:
+    def ask() -> None:
+        answers.append(edge.ask(path, {"x-api-key": KEY}, b"{}")[0])
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_an_engine_gets_as_many_requests_as_it_may_have_and_few_wait(start: Callable[..., Edge]) -> None:
+    edge = start(gateway_max_requests=3, gateway_max_queue=2)
+    answers: list[int] = []
+    threads = [in_background(edge, "/v1/held", answers) for _ in range(3)]
+    wait_until(lambda: len(edge.engine.asked()) == 3, "the engine to be asked")
+    threads += [in_background(edge, "/v1/held", answers) for _ in range(2)]
+    wait_until(lambda: "engines,BACKEND,2," in edge.admin("show stat"), "two to wait")
+    status, body, headers = edge.ask("/v1/models", {"x-api-key": KEY})
+    assert (status, body["error"]["code"], body["error"]["type"]) == (503, "overloaded", "overloaded_error")
+    assert headers["Retry-After"] == "5"
+    # A rollout's own checks, health and the admin socket are not held up.
+    assert edge.ask("/v1/models", {"x-api-key": KEY, "X-Glm-Probe": "1"})[0] == 200
+    assert edge.ask("/health")[0] == 200
+    edge.engine.held.set()
+    for thread in threads:
+        thread.join(10)
+    assert answers == [200] * 5 and len([path for _, path, *_ in edge.engine.asked() if path == "/v1/held"]) == 5
+
+
+def test_one_source_cannot_take_all_connections(start: Callable[..., Edge]) -> None:
+    """Loopback is trusted, as a rollout's checks come from there: another address of this machine is asked."""
+    address = own_address()
+    edge = start(gateway_bind_address=address, gateway_source_connections=20)
+    idle = [attempt(address, edge.port) for _ in range(60)]
+    time.sleep(0.2)
+    assert len([connection for connection in idle if is_open(connection)]) == 20
+    assert health(address, edge.port) == 0 and edge.admin("show info")
+    for connection in idle:
+        connection.close()
+    wait_until(lambda: health(address, edge.port) == 200, "the places to be free again")
+
+
+def attempt(address: str, port: int) -> socket.socket:
+    connection = socket.socket()
+    connection.settimeout(5)
+    with contextlib.suppress(ConnectionError):
+        connection.connect((address, port))
+    return connection
+
+
+def own_address() -> str:
+    """An address of this machine that is not loopback; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("198.18.0.2", 9))
+        return str(probe.getsockname()[0])
+
+
+def is_open(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+def health(address: str, port: int) -> int:
+    connection = http.client.HTTPConnection(address, port, timeout=5)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status
+    except OSError:
+        return 0
+    finally:
+        connection.close()
+
+
+def test_a_source_that_goes_on_with_a_wrong_key_is_told_to_wait(start: Callable[..., Edge]) -> None:
+    address = own_address()
+    edge = start(gateway_bind_address=address, gateway_source_errors=10)
+    seen = []
+    for _ in range(15):
+        connection = http.client.HTTPConnection(address, edge.port, timeout=5)
+        connection.request("GET", "/v1/models", headers={"x-api-key": OTHER_KEY})
+        seen.append(connection.getresponse())
+        connection.close()
+    assert [answer.status for answer in seen] == [401] * 11 + [429] * 4
+    assert seen[-1].headers["Retry-After"] == "10"
+    assert health(address, edge.port) == 200
+
+
+def test_connections_without_a_byte_end(start: Callable[..., Edge]) -> None:
+    """With a bound of seconds, where a real one is a minute; a client that waits for its answer may be silent."""
+    edge = start(gateway_client_timeout="1s", gateway_tls_certificate_file="x", __gateway_certificate_digest="0" * 64)
+    answers: list[int] = []
+    waiting = in_background(edge, "/v1/held", answers)
+    silent = socket.create_connection(("127.0.0.1", edge.port), timeout=10)
+    assert silent.recv(1) == b""  # no ClientHello came
+    time.sleep(2)
+    edge.engine.held.set()
+    waiting.join(10)
+    assert answers == [200]
+
+
+# --- browsers ---
+
+ORIGIN = "https://chat.example"
+PREFLIGHT = {
+    "Origin": ORIGIN,
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization",
+}
+
+
+def test_a_browser_may_ask_from_an_allowed_origin_alone(start: Callable[..., Edge]) -> None:
+    edge = start(gateway_cors_origins=["http://localhost:3000", ORIGIN])
+    status, _, headers = edge.ask("/v1/chat/completions", PREFLIGHT, method="OPTIONS")
+    assert status == 204 and headers["Access-Control-Allow-Origin"] == ORIGIN
+    assert headers["Access-Control-Allow-Headers"] == "authorization" and headers["Vary"] == "Origin"
+    assert edge.engine.asked() == []
+    # An answer and a refusal carry it too, or the page could not read them.
+    assert edge.ask("/v1/models", {"Origin": ORIGIN, "x-api-key": KEY})[2]["Access-Control-Allow-Origin"] == ORIGIN
+    assert edge.ask("/v1/models", {"Origin": ORIGIN})[2]["Access-Control-Allow-Origin"] == ORIGIN
+    assert "origin" not in edge.engine.asked()[-1][2]
+    other = edge.ask("/v1/models", {"Origin": "https://evil.example", "x-api-key": KEY})[2]
+    assert other["Access-Control-Allow-Origin"] is None
+    assert edge.ask("/v1/models", {**PREFLIGHT, "Origin": "https://evil.example"}, method="OPTIONS")[0] == 401
+
+
+def test_without_a_setting_no_browser_may_ask(edge: Edge) -> None:
+    status, _, headers = edge.ask("/v1/chat/completions", PREFLIGHT, method="OPTIONS")
+    assert status == 401 and headers["Access-Control-Allow-Origin"] is None
+
+
 def test_an_engine_that_is_down_gives_503_with_a_time_to_come_back(start: Callable[..., Edge]) -> None:
     edge = start()
     edge.engine.shutdown()
@@ -541,6 +720,20 @@ def test_no_log_holds_a_key_or_a_query(edge: Edge) -> None:
 def test_tls(start: Callable[..., Edge]) -> None:
     edge = start(gateway_tls_certificate_file="x", __gateway_certificate_digest="0" * 64)
     assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 200
+    for name, taken in (
+        ("AES128-SHA", False),
+        ("ECDHE-ECDSA-AES128-SHA", False),
+        ("ECDHE-ECDSA-AES128-GCM-SHA256", True),
+    ):
+        context = ssl._create_unverified_context()
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        context.set_ciphers(f"{name}:@SECLEVEL=0")
+        with socket.create_connection(("127.0.0.1", edge.port), timeout=5) as raw:
+            try:
+                with context.wrap_socket(raw):
+                    assert taken, name
+            except ssl.SSLError:
+                assert not taken, name
     plain = http.client.HTTPConnection("127.0.0.1", edge.port, timeout=5)
     plain.request("GET", "/health")
     with pytest.raises((http.client.HTTPException, OSError)):
