@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
+from rich.segment import Segment
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +28,7 @@ STYLES = {
 }
 AT_REST = ("waiting", "prepared", "done", "failed", "unreachable")  # nothing is being done to the node
 NARROW = 64  # columns; below, a node's line has no detail beside it
+CONTROLS = dict.fromkeys([*(code for code in range(0x20) if code != ord("\n")), *range(0x7F, 0xA0)])
 
 
 class Screen(Console):
@@ -37,6 +39,11 @@ class Screen(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """What a node says reaches the terminal as text: it cannot clear it, nor write to its clipboard."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(segment.text.translate(CONTROLS), segment.style)
 
 
 class State:

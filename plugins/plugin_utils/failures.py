@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+
 
 def failure(
     id: str, text: str, *, host: str = "", fix: str = "", unit: str = "", nothing_changed: bool = False
@@ -16,11 +18,16 @@ def failure(
     return {
         "id": id,
         "host": host,
-        "text": text.strip(),
-        "fix": fix.strip(),
+        "text": plain(text),
+        "fix": plain(fix),
         "unit": unit,
         "nothing_changed": nothing_changed,
     }
+
+
+def plain(text: str) -> str:
+    """Without what a terminal would obey: the words of a node, or of a program there, are not trusted."""
+    return CONTROLS.sub("", text).strip()
 
 
 def words(found: Mapping[str, Any]) -> str:

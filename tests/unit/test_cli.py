@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure
 from rich.console import Console
 
 from glm_fleet import journal, tables
 from glm_fleet.cli import execute, extra_settings
 from glm_fleet.errors import Exit, UsageProblem
 from glm_fleet.playbook import KEPT, Order, judge
-from glm_fleet.view import LiveView, PlainView, State
+from glm_fleet.view import LiveView, PlainView, Screen, State
 
 ROOT = Path(__file__).resolve().parents[2]
 INVENTORY = """\
@@ -359,6 +360,20 @@ def test_without_a_terminal_each_thing_is_a_line() -> None:
         "glm-weights.service · 40 % of 755 GB, 1.2 GB/s, 6 min left",
         "failed: the fabric is not ready",
     ]
+
+
+def test_what_a_node_says_does_not_reach_the_terminal_as_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Clear the screen, write to the clipboard, in both spellings of the escape."""
+    said = "bad\x1b[2J \x1b]52;c;ZXZpbA==\x07\x9b2J\rgood"
+    table = tables.grid("NODE")
+    table.add_row(said)
+    screen = Screen()
+    screen.print(table)
+    screen.print(said, style="yellow")
+    shown = capsys.readouterr().out
+    assert shown.count("bad[2J ]52;c;ZXZpbA==2Jgood") == 2
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", shown)
+    assert failure("x", said)["text"] == "bad[2J ]52;c;ZXZpbA==2Jgood"
 
 
 def test_a_result_is_printed_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

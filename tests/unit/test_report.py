@@ -154,6 +154,14 @@ def test_html_parses_and_loads_nothing(run: tuple[subprocess.CompletedProcess[st
     assert source.count("<svg") == 4
 
 
+def test_all_that_a_node_said_is_escaped() -> None:
+    """The rest is made by the template itself: its own words, lengths and numbers."""
+    own = r"{{ ('| ' |\w+ }}|y \+ |row\.(p99_)?width|loop\.index|[a-z.]+ \| length }}|.*report_verdict)"
+    source = (ROOT / "templates/report.html.j2").read_text()
+    said = [expression for expression in re.findall(r"{{.*?}}", source) if "| escape" not in expression]
+    assert [expression for expression in said if not re.match(own, expression)] == []
+
+
 def test_markdown_has_a_row_for_each_node(run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     text = written(run[1], "report.md")
     for row in ("| b200-1 | yes | 16 of 16 |", "| b200-2 | **no** | 15 of 16 |", "| b200-3 | **no** | 0 of 0 |"):
