@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from ansible_collections.glm.fleet.plugins.filter import benchmark as plugin
+from exposure import MOST, exposure
 from loading import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -273,3 +274,4 @@ def test_the_plan_and_the_unit_render(tmp_path: Path) -> None:
     verified = subprocess.run(command, capture_output=True, text=True, check=False)
     assert verified.returncode == 0, verified.stderr
     assert "glm-benchmark" not in verified.stderr
+    assert exposure(tmp_path / "glm-benchmark.service") <= MOST

@@ -22,6 +22,7 @@ from typing import Any
 import jinja2
 import pytest
 from ansible.plugins.filter.core import FilterModule
+from exposure import MOST, exposure
 from loading import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,9 +73,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def template(name: str, **variables: Any) -> str:
-    environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ROOT / "templates"),
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
     environment.filters.update(FilterModule().filters())
-    return environment.from_string((ROOT / "templates" / name).read_text()).render({**DEFAULTS, **variables})
+    return environment.get_template(name).render({**DEFAULTS, **variables})
 
 
 def write_files(directory: Path, **changes: Any) -> Path:
@@ -969,3 +975,4 @@ def test_the_unit_takes_our_settings(tmp_path: Path) -> None:
         ["systemd-analyze", "verify", tmp_path / "haproxy.service"], capture_output=True, text=True, check=False
     )
     assert "haproxy.service" not in done.stderr.replace("Failed to create", ""), done.stderr
+    assert exposure(tmp_path / "haproxy.service") <= MOST

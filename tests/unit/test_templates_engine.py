@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node import starts
+from exposure import MOST, exposure
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGEST = "sha256:" + "ab" * 32
@@ -152,6 +153,7 @@ def test_systemd_takes_the_units(vllm: dict[str, str]) -> None:
     command = ["systemd-analyze", "verify", "--man=no", *(str(directory / name) for name in units)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    assert max(exposure(directory / name) for name in units if name.endswith(".service")) <= MOST
 
 
 def test_sglang_has_a_command_and_a_drain_bounded_from_outside(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from exposure import MOST, exposure
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = {"pull_ref": f"vllm/vllm-openai@sha256:{'ab' * 32}", "size_bytes": 15_000_000_000}
@@ -140,6 +141,7 @@ def test_the_units_are_ones_that_systemd_takes(tmp_path: Path, unit: str, progra
     done = subprocess.run(["systemd-analyze", "verify", path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert path.name not in done.stderr
+    assert exposure(path) <= MOST
 
 
 def test_the_image_comes_through_the_mirror(tmp_path: Path) -> None:
