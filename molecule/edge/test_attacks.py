@@ -1,4 +1,4 @@
-"""What an edge gets from the open internet. Each attack comes from one machine; well-behaved clients go on meanwhile."""
+"""What an edge gets from the open internet. Each attack comes from one machine; good clients go on meanwhile."""
 
 from __future__ import annotations
 
