@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -124,6 +123,7 @@ class Edge:
 @pytest.fixture(scope="session")
 def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
     """EDGE_KEEP=1 leaves the machines."""
+    (RESULTS / "attacks.md").unlink(missing_ok=True)
     play = Play(tmp_path_factory.mktemp("edge"), INVENTORY)
     fleet = Fleet(play, NODES, GATEWAYS, SETTINGS, clients=(12, 6, 20))
     with provided(fleet, "EDGE_KEEP", IMAGES) as fleet:
@@ -142,10 +142,15 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
                 docker("rm", "--force", ATTACKER, check=False)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    path = RESULTS / "attacks.md"
+    if path.exists():
+        terminalreporter.write_line("\n" + path.read_text())
+
+
 def table(rows: list[tuple[str, str, str]]) -> None:
-    """For the terminal, and for docs/edge.md."""
+    """For the terminal."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     lines = ["| attack | how it was met | what the clients saw meanwhile |", "|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     (RESULTS / "attacks.md").write_text("\n".join(lines) + "\n")
-    print("\n" + "\n".join(lines), file=sys.stderr)
