@@ -662,6 +662,16 @@ def test_connections_without_a_byte_end(start: Callable[..., Edge]) -> None:
     assert answers == [200]
 
 
+def test_a_client_of_http2_may_wait_for_its_answer_too(start: Callable[..., Edge]) -> None:
+    edge = start(gateway_client_timeout="1s", __gateway_has_tls=True, __gateway_certificate_digest="0" * 64)
+    command = ["curl", "-sk", "--http2", "-w", "%{http_version} %{http_code}", "-H", f"x-api-key: {KEY}", "-d", "{}"]
+    with subprocess.Popen([*command, f"https://127.0.0.1:{edge.port}/v1/held"], stdout=subprocess.PIPE) as client:
+        wait_until(lambda: bool(edge.engine.asked()), "the engine to be asked")
+        time.sleep(3)
+        edge.engine.held.set()
+        assert client.communicate(timeout=20)[0] == b"{}2 200"
+
+
 # --- browsers ---
 
 ORIGIN = "https://chat.example"
