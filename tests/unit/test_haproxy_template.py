@@ -662,6 +662,15 @@ def test_connections_without_a_byte_end(start: Callable[..., Edge]) -> None:
     assert answers == [200]
 
 
+def test_a_request_with_many_headers_passes(edge: Edge) -> None:
+    """Some agents and proxies add a lot. What is not HTTP at all gets HAProxy's own 400, whose HTML cannot be changed."""
+    assert edge.ask("/v1/models", {"x-api-key": KEY, **{f"x-{number}": "1" for number in range(150)}})[0] == 200
+    with socket.create_connection(("127.0.0.1", edge.port), timeout=10) as connection:
+        connection.sendall(b"nonsense\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 400 ")
+    assert len(edge.engine.asked()) == 1
+
+
 def test_a_client_of_http2_may_wait_for_its_answer_too(start: Callable[..., Edge]) -> None:
     edge = start(gateway_client_timeout="1s", __gateway_has_tls=True, __gateway_certificate_digest="0" * 64)
     command = ["curl", "-sk", "--http2", "-w", "%{http_version} %{http_code}", "-H", f"x-api-key: {KEY}", "-d", "{}"]
