@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ansible_collections.glm.fleet.plugins.plugin_utils.edges import edge_of
 from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure, words
 
 SCHEMA = 1
@@ -243,13 +244,13 @@ def report_finding(report: Mapping[str, Any], hosts: Sequence[str], path: str) -
     return f"not ok: {'; '.join(wrong)}. See {path}" if wrong else ""
 
 
-def report_endpoints(
-    hosts: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], tls: bool, port: int
-) -> list[str]:
+def report_endpoints(hosts: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What clients put before /v1, for each host."""
-    addresses = [str(hostvars[host].get("ansible_host") or host) for host in hosts]
-    scheme = "https" if tls else "http"
-    return [f"{scheme}://{f'[{address}]' if ':' in address else address}:{port}" for address in addresses]
+    edges = [edge_of(host, hostvars[host]) for host in hosts]
+    places = [f"[{edge['public']}]" if ":" in edge["public"] else edge["public"] for edge in edges]
+    return [
+        f"http{'s' if edge['tls'] else ''}://{place}:{edge['port']}" for edge, place in zip(edges, places, strict=True)
+    ]
 
 
 class FilterModule:

@@ -9,9 +9,9 @@ from math import ceil
 from statistics import median
 from typing import Any
 
+from ansible_collections.glm.fleet.plugins.plugin_utils.edges import edge_of
 from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure_of, words
 
-PORT = 8000  # glm_port where nobody sets it
 SHARE = re.compile(r"(\d+)%")
 SIZES = ("input_len", "output_len", "num_prompts", "max_concurrency")
 
@@ -139,17 +139,9 @@ def offering(backends: Mapping[str, Mapping[str, Any]], node: str) -> list[str]:
 
 
 def edge_servers(hosts: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Name, address, port and tls of each host's edge, as others reach it, by its own settings alone."""
-    return [
-        {
-            "name": node,
-            "address": seen.get("glm_node_address") or seen.get("ansible_host") or node,
-            "port": int(seen.get("glm_port") or PORT),
-            "tls": bool(seen.get("glm_tls_certificate_file") or seen.get("glm_acme_names")),
-        }
-        for node in hosts
-        for seen in [hostvars[node]]
-    ]
+    """Name, address, port and tls of each host's edge, as other hosts reach it."""
+    wanted = ("name", "address", "port", "tls")
+    return [{key: edge_of(host, hostvars[host])[key] for key in wanted} for host in hosts]
 
 
 def changed_backends(

@@ -224,11 +224,15 @@ def test_merge_drops_nodes_that_left_the_inventory_and_survives_a_damaged_report
 
 
 def test_endpoints_of_all_kinds() -> None:
-    hosts = {"a": {"ansible_host": "198.18.0.1"}, "b": {"ansible_host": "2001:db8::1"}, "c.example": {}}
-    assert plugin.report_endpoints(list(hosts), hosts, True, 443) == [
-        "https://198.18.0.1:443",
+    hosts: dict[str, dict[str, Any]] = {
+        "a": {"ansible_host": "198.18.0.1"},
+        "b": {"ansible_host": "2001:db8::1", "glm_tls_certificate_file": "b.pem", "glm_port": "443"},
+        "c.example": {"ansible_host": "198.18.0.3", "glm_acme_names": ["llm.example.com", "www.example.com"]},
+    }
+    assert plugin.report_endpoints(list(hosts), hosts) == [
+        "http://198.18.0.1:8000",
         "https://[2001:db8::1]:443",
-        "https://c.example:443",
+        "https://llm.example.com:8000",
     ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from ansible_collections.glm.fleet.plugins.filter import rollout
+from ansible_collections.glm.fleet.plugins.plugin_utils.edges import PORT
 from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure_of
 
 NODES = ["a", "b", "c", "d"]
@@ -201,7 +202,7 @@ def test_a_gateways_servers() -> None:
         yaml.safe_load(Path(__file__).resolve().parents[2].joinpath("roles/glm/defaults/main.yml").read_text())[
             "glm_port"
         ]
-        == rollout.PORT
+        == PORT
     )
     servers = rollout.edge_servers(["a", "b", "c"], hostvars)
     assert [(one["name"], one["address"], one["port"], one["tls"]) for one in servers] == [
