@@ -191,6 +191,9 @@ def test_the_table_has_a_line_a_node_and_the_reasons() -> None:
     assert reason == "b: release x failed"
 
 
+DEFAULTS = Path(__file__).resolve().parents[2] / "roles/glm/defaults/main.yml"
+
+
 def test_a_gateways_servers() -> None:
     hostvars: dict[str, dict[str, Any]] = {
         "a": {"ansible_host": "1"},
@@ -198,12 +201,7 @@ def test_a_gateways_servers() -> None:
         "c": {"glm_acme_names": []},
     }
     # What a host does not set is the role's default, whatever the host that asks has set for itself.
-    assert (
-        yaml.safe_load(Path(__file__).resolve().parents[2].joinpath("roles/glm/defaults/main.yml").read_text())[
-            "glm_port"
-        ]
-        == PORT
-    )
+    assert yaml.safe_load(DEFAULTS.read_text())["glm_port"] == PORT
     servers = rollout.edge_servers(["a", "b", "c"], hostvars)
     assert [(one["name"], one["address"], one["port"], one["tls"]) for one in servers] == [
         ("a", "1", 8000, False),
