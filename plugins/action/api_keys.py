@@ -59,7 +59,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                     f"{path} is encrypted: change it by `ansible-vault edit {path}`, then apply it by "
                     "playbooks/keys.yml (glm-fleet keys apply)"
                 )
-            text = edit(text, path, args["edit"], args["name"], args["limits"], args["grace_hours"])
+            text = edit(text, path, args["edit"], args["name"], args["limits"], grace=args["grace_hours"])
             if not check:
                 write(path, text)
         else:

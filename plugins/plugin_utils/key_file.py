@@ -6,7 +6,7 @@ import hashlib
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -28,7 +28,7 @@ class Entry:
     """A line that holds a key. A limit of 0 is none; so is an empty expiry."""
 
     line: int
-    key: str
+    key: str = field(repr=False)  # not in a traceback
     name: str
     requests_per_minute: int = 0
     concurrent: int = 0
@@ -120,7 +120,7 @@ def line_of(key: str, name: str, limits: Mapping[str, Any]) -> str:
     return " ".join([key, name, *(f"{limit}={limits[limit]}" for limit in LIMITS if limits.get(limit))]) + "\n"
 
 
-def edit(text: str, path: str, action: str, name: str, limits: Mapping[str, Any], grace: float = 0) -> str:
+def edit(text: str, path: str, action: str, name: str, limits: Mapping[str, Any], *, grace: float = 0) -> str:
     """The file after add, revoke or rotate; comments and other lines stay as they are. Raises Refused.
 
     limits: those of the new key; of rotate, those that differ from the old key's
@@ -138,10 +138,11 @@ def edit(text: str, path: str, action: str, name: str, limits: Mapping[str, Any]
     if name not in entries:
         raise Refused(f"{path} has no key {name} (it has {', '.join(entries) or 'none'})")
     old = entries[name]
+    gone = {f"{name}-old"}  # of a rotation before
     if action == "revoke":
-        if len(entries) == 1:
+        gone.add(name)
+        if not entries.keys() - gone:
             raise Refused(f"{name} is the only key of {path}: rotate it, or add another one first")
-        del lines[old.line - 1]
     else:
         kept = {limit: getattr(old, limit) for limit in LIMITS}
         lines[old.line - 1] = line_of(new_key(), name, {**kept, **limits})
@@ -150,8 +151,7 @@ def edit(text: str, path: str, action: str, name: str, limits: Mapping[str, Any]
             if old.expires_at and old.expires_at < moment(end).timestamp():
                 end = old.expires
             lines[old.line - 1] += line_of(old.key, f"{name}-old", {**kept, "expires": end})
-            if f"{name}-old" in entries:  # of a rotation before
-                del lines[entries[f"{name}-old"].line - 1]
-    after = "".join(lines)
+    numbers = {entry.line for entry in entries.values() if entry.name in gone}
+    after = "".join(line for number, line in enumerate(lines, 1) if number not in numbers)
     parse(after, path)
     return after

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node import haproxy
-from test_haproxy_template import KEY, OTHER_KEY, RELOAD, Edge, edge, entry, start, template, wait_until, write_files
+from test_haproxy_template import KEY, OTHER_KEY, RELOAD, Edge, edge, entry, start, template, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 __all__ = ["edge", "start"]  # fixtures
@@ -239,7 +239,7 @@ def test_a_key_ends_at_its_second(start: Callable[..., Edge]) -> None:
     edge_keys(edge, entry(KEY, "alice", expires_at=ends), entry(OTHER_KEY, "bob", expires_at=int(time.time()) - 1))
     answer, body, _ = edge.ask("/v1/models", BOB)
     assert (answer, body["error"]["code"]) == (401, "expired_api_key") and "has expired" in body["error"]["message"]
-    seen = {}
+    seen: dict[int, set[int]] = {}
     while (now := time.time()) < ends + 1:
         before = status(edge, ALICE)
         if int(now) == int(time.time()):  # the whole request within one second

@@ -115,7 +115,9 @@ def workers(path: str = SOCKET, master: str = MASTER) -> list[HAProxy]:
     if os.path.exists(master):
         listed = HAProxy(master).ask("show proc").partition("# old workers")[2].partition("# programs")[0]
         found += [
-            HAProxy(master, worker=fields[0]) for line in listed.splitlines() if (fields := line.split())[1:2] == ["worker"]
+            HAProxy(master, worker=fields[0])
+            for line in listed.splitlines()
+            if (fields := line.split())[1:2] == ["worker"]
         ]
     return found
 
