@@ -112,7 +112,13 @@ class Fleet:
         return all(self.rotation(gateway) == dict.fromkeys(self.nodes, "in up") for gateway in self.gateways)
 
     def key(self) -> str:
-        return (self.playbook.inventory / "keys/api-keys.txt").read_text().splitlines()[-1].strip()
+        """The first one of the file."""
+        return self.key_lines()[0][0]
+
+    def key_lines(self) -> list[list[str]]:
+        """The words of each line that has a key."""
+        lines = (self.playbook.inventory / "keys/api-keys.txt").read_text().splitlines()
+        return [line.split() for line in lines if line.strip() and not line.startswith("#")]
 
     def say(self, line: str) -> None:
         self.lines.append(line)
