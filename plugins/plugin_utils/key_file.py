@@ -100,6 +100,8 @@ def _rest(words: list[str], where: str) -> dict[str, Any]:
 
 def value_of(limit: str, value: Any, where: str) -> Any:
     """A limit as it counts. Raises Refused."""
+    if limit not in LIMITS:
+        raise Refused(f"{where}: there is no limit {limit}: take {', '.join(LIMITS)}")
     if limit in COUNTS:
         if not re.fullmatch(r"[1-9][0-9]{0,8}", str(value)):
             raise Refused(f"{where}: {limit} takes a whole number from 1 on: write {limit}=60, or leave it out")
@@ -126,7 +128,7 @@ def edit(text: str, path: str, action: str, name: str, limits: Mapping[str, Any]
     limits: those of the new key; of rotate, those that differ from the old key's
     grace: hours for which a rotated key goes on as NAME-old
     """
-    limits = {limit: value_of(limit, value, limit) for limit, value in limits.items()}
+    limits = {limit: value_of(limit, value, "the new key") for limit, value in limits.items()}
     if not NAME.fullmatch(name):
         raise Refused(f"the name of a key is needed: {NAMES}")
     entries = {entry.name: entry for entry in parse(text, path)} if text.strip() else {}
