@@ -101,6 +101,10 @@ node-life: venv engine ## A node on its own: boots, updates, disks, networks and
 	@tests/run node-life
 	@molecule/faults/table.py node-life
 
+.PHONY: edge
+edge: venv engine ## Attack the edge while well-behaved clients go on: none of them may lose a request
+	@tests/run edge
+
 .PHONY: faults
 faults: venv engine ## Inject every fault of the list under load, and write docs/faults.md
 	@tests/run faults

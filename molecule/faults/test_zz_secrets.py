@@ -38,7 +38,7 @@ def test_no_secret_is_left_behind(case: Case, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     command = [
         sys.executable, "-m", "glm_fleet", "up", "-i", str(INVENTORY), "--runs", str(runs),
-        "-e", f"glm_hf_token_file={token}", "-e", '{"glm_rollout_waves": [1, 1]}',
+        "-e", f"glm_hf_token_file={token}", "-e", '{"glm_rollout_waves": [1, 1], "glm_hf_token_over_http": true}',
         "-e", f'{{"faults_engine_env": {{"MY_SECRET": "{EXTRA}"}}}}',
     ]  # fmt: skip
     seen: list[str] = []

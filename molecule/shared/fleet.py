@@ -45,8 +45,9 @@ class Fleet:
         hosts = (self.playbook.inventory / "hosts.yml").read_text()
         assert old in hosts
         (directory / "hosts.yml").write_text(hosts.replace(old, new))
-        for name in ("group_vars", "keys"):
-            (directory / name).symlink_to(self.playbook.inventory / name)
+        for name in ("group_vars", "host_vars", "keys"):
+            if (self.playbook.inventory / name).exists():
+                (directory / name).symlink_to(self.playbook.inventory / name)
         return directory
 
     def begin(self, playbook: str = "site.yml", **settings: Any) -> subprocess.Popen[str]:

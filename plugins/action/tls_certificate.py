@@ -10,6 +10,8 @@ from typing import Any
 from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
 
+SOON = datetime.timedelta(days=30)
+
 
 class Refused(Exception):
     """What the user has to put right, in one line."""
@@ -33,6 +35,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             return {**result, "failed": True, "msg": str(problem)}
         except OSError as problem:
             return {**result, "failed": True, "msg": f"{path}: {problem.strerror}"}
+        left = expires - datetime.datetime.now(datetime.timezone.utc)
+        if left < SOON:
+            result["warnings"] = [
+                f"{path}: the certificate expires on {expires:%Y-%m-%d}, in {left.days} days: renew it"
+            ]
         return {**result, "changed": False, "path": path, "expires": expires.isoformat()}
 
 

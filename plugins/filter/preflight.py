@@ -415,6 +415,7 @@ ADDRESSES: dict[str, tuple[Callable[[Context], bool], str]] = {
     "docker_packages": (lambda c: not c.node["docker"].get("version"), "glm_docker_apt_url"),
     "toolkit_packages": (lambda c: not c.node["container_toolkit"], "glm_nvidia_container_apt_url"),
     "driver_packages": (lambda c: not c.driver, "glm_nvidia_apt_url"),
+    "acme": (lambda _: True, "glm_acme_directory"),
 }
 
 

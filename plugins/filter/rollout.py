@@ -11,6 +11,7 @@ from typing import Any
 
 from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure_of, words
 
+PORT = 8000  # glm_port where nobody sets it
 SHARE = re.compile(r"(\d+)%")
 SIZES = ("input_len", "output_len", "num_prompts", "max_concurrency")
 
@@ -137,21 +138,16 @@ def offering(backends: Mapping[str, Mapping[str, Any]], node: str) -> list[str]:
     return [gateway for gateway, servers in backends.items() if node in servers]
 
 
-def edge_servers(
-    nodes: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Name, address, port and tls of each node's edge, as a gateway reaches it, by the node's own settings.
-
-    `defaults` holds port and certificate, for nodes that set none.
-    """
+def edge_servers(hosts: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Name, address, port and tls of each host's edge, as others reach it, by its own settings alone."""
     return [
         {
             "name": node,
             "address": seen.get("glm_node_address") or seen.get("ansible_host") or node,
-            "port": int(seen.get("glm_port") or defaults["port"]),
-            "tls": bool(seen.get("glm_tls_certificate_file", defaults["certificate"])),
+            "port": int(seen.get("glm_port") or PORT),
+            "tls": bool(seen.get("glm_tls_certificate_file") or seen.get("glm_acme_names")),
         }
-        for node in nodes
+        for node in hosts
         for seen in [hostvars[node]]
     ]
 

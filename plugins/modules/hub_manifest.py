@@ -31,6 +31,13 @@ options:
     description: Access token; empty for none.
     type: str
     default: ''
+  suffixes:
+    description:
+      - More suffixes of files that the revision may have, such as C(.py). Those that hold weights, settings, texts or
+        pictures are known; any other file may hold code that an engine would run.
+    type: list
+    elements: str
+    default: []
   timeout:
     description: Seconds to wait for each answer.
     type: int
@@ -78,6 +85,7 @@ import re
 import time
 import urllib.error
 import urllib.parse
+from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -85,6 +93,11 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import open_url
 from ansible_collections.glm.fleet.plugins.module_utils.authority import ca_path
 
+# What cannot hold code, by its suffix; a file without one is a text such as LICENSE.
+HARMLESS = {
+    *("", ".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".yaml", ".yml"),
+    *(".txt", ".md", ".rst", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg"),
+}
 # A longer Retry-After is reported instead of waited for: the user decides.
 LONGEST_WAIT = 30
 ANONYMOUS_HINT = "set glm_hf_token_file to a file with a token that may read it, or check the name in glm_model"
@@ -98,8 +111,16 @@ class Hub:
     """The two calls of the hub's HTTP API that a manifest needs."""
 
     def __init__(
-        self, endpoint: str, token: str = "", timeout: float = 20, retries: int = 2, ca_path: str | None = None
+        self,
+        endpoint: str,
+        token: str = "",
+        timeout: float = 20,
+        retries: int = 2,
+        ca_path: str | None = None,
+        *,
+        suffixes: Iterable[str] = (),
     ) -> None:
+        self.suffixes = suffixes
         self.endpoint = endpoint.rstrip("/")
         self.token = token
         self.timeout = timeout
@@ -168,7 +189,8 @@ class Hub:
             while page:
                 items, page = self.get(page)
                 entries += items
-            return {**build_manifest(repo, commit, entries), "context_length": self.context_length(repo, commit)}
+            manifest = build_manifest(repo, commit, entries, self.suffixes)
+            return {**manifest, "context_length": self.context_length(repo, commit)}
         except urllib.error.HTTPError as exc:
             raise HubError(self.explain(exc, repo, revision)) from exc
         except (KeyError, TypeError, ValueError) as exc:
@@ -230,7 +252,9 @@ def retry_after(exc: urllib.error.HTTPError) -> int:
     return int(value) if value.isdigit() else 0
 
 
-def build_manifest(repo: str, commit: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
+def build_manifest(
+    repo: str, commit: str, entries: list[dict[str, Any]], suffixes: Iterable[str] = ()
+) -> dict[str, Any]:
     """The hub's tree listing in this project's form."""
     files: list[dict[str, Any]] = []
     for entry in entries:
@@ -255,6 +279,14 @@ def build_manifest(repo: str, commit: str, entries: list[dict[str, Any]]) -> dic
         )
     if not any(item["path"].endswith(".safetensors") for item in files):
         raise HubError(f"revision {commit} of {repo} has no .safetensors file: check glm_model and glm_model_revision")
+    unknown = [item["path"] for item in files if not is_harmless(PurePosixPath(item["path"]), suffixes)]
+    if unknown:
+        named = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        wanted = json.dumps(sorted({PurePosixPath(path).suffix for path in unknown}))
+        raise HubError(
+            f"revision {commit} of {repo} has files that may hold code ({named}): look at them, and set "
+            f"glm_model_suffixes: {wanted} to take them, or choose another glm_model_revision"
+        )
     files.sort(key=lambda item: item["path"])
     canonical = json.dumps(files, sort_keys=True, separators=(",", ":"))
     return {
@@ -266,6 +298,10 @@ def build_manifest(repo: str, commit: str, entries: list[dict[str, Any]]) -> dic
     }
 
 
+def is_harmless(path: PurePosixPath, suffixes: Iterable[str]) -> bool:
+    return path.suffix.lower() in HARMLESS or path.suffix in suffixes
+
+
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
@@ -274,6 +310,7 @@ def main() -> None:
             "revision": {"type": "str", "required": True},
             "ca": {"type": "str", "default": ""},
             "token": {"type": "str", "default": "", "no_log": True},
+            "suffixes": {"type": "list", "elements": "str", "default": []},
             "timeout": {"type": "int", "default": 20},
             "retries": {"type": "int", "default": 2},
             "fail_on_error": {"type": "bool", "default": True},
@@ -282,7 +319,9 @@ def main() -> None:
     )
     params = module.params
     with ca_path(params["ca"]) as path:
-        hub = Hub(params["endpoint"], params["token"], params["timeout"], params["retries"], path)
+        hub = Hub(
+            params["endpoint"], params["token"], params["timeout"], params["retries"], path, suffixes=params["suffixes"]
+        )
         try:
             manifest, error = hub.manifest(params["repo"], params["revision"]), ""
         except HubError as exc:

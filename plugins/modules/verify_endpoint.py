@@ -73,10 +73,12 @@ checks:
 
 import concurrent.futures
 import contextlib
+import datetime
 import json
 import re
 import secrets
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -136,6 +138,7 @@ class Verification:
             ["messages_tool_stream"],
             ["count_tokens"],
             *guarded,
+            *([["certificate"]] if self.edge.tls else []),
             ["unlisted_path_refused"],
             ["metrics_inside"],
             ["metrics_outside"],
@@ -456,6 +459,21 @@ class Verification:
             ],
             (401,),
         )
+
+    def check_certificate(self) -> str:
+        """The one that the edge shows, whichever file it came from."""
+        text = ssl.DER_cert_to_PEM_cert(self.edge.certificate())
+        command = ["openssl", "x509", "-noout", "-enddate"]
+        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise Wrong(f"openssl cannot read the certificate: {shorten(done.stderr)}")
+        ends = datetime.datetime.fromtimestamp(
+            ssl.cert_time_to_seconds(done.stdout.strip().partition("=")[2]), datetime.timezone.utc
+        )
+        days = (ends - datetime.datetime.now(datetime.timezone.utc)).total_seconds() / 86400
+        if days < 0:
+            raise Wrong(f"it expired on {ends:%Y-%m-%d}: renew it")
+        return f"until {ends:%Y-%m-%d}, {days:.0f} days"
 
     def check_unlisted_path_refused(self) -> str:
         """With the right key: only the list of paths stands between."""

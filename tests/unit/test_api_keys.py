@@ -17,15 +17,9 @@ import pytest
 from ansible_collections.glm.fleet.plugins.action import api_keys, tls_certificate
 from ansible_collections.glm.fleet.plugins.filter import keys
 from ansible_collections.glm.fleet.plugins.plugin_utils import key_file
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from certificates import pem
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
-    Encoding,
-    KeySerializationEncryption,
-    NoEncryption,
-    PrivateFormat,
 )
 
 # Of each there is a module too, for its documentation.
@@ -287,30 +281,6 @@ def test_the_plugin_says_what_to_do_about_a_missing_file(tmp_path: Path) -> None
     assert result["msg"] == f"{path} does not exist: site.yml makes it, or put one key a line in it"
 
 
-def pem(
-    days: int = 30, encryption: KeySerializationEncryption | None = None, other_key: bool = False
-) -> tuple[str, str]:
-    """A certificate and a private key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "edge.example")])
-    now = datetime.datetime.now(datetime.timezone.utc)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=90))
-        .not_valid_after(now + datetime.timedelta(days=days))
-        .sign(key, hashes.SHA256())
-    )
-    shown = ec.generate_private_key(ec.SECP256R1()) if other_key else key
-    return (
-        certificate.public_bytes(Encoding.PEM).decode(),
-        shown.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption or NoEncryption()).decode(),
-    )
-
-
 def test_a_good_certificate_passes_in_either_order() -> None:
     certificate, key = pem()
     for text in (certificate + key, key + certificate, certificate + pem()[0] + key):
@@ -341,5 +311,9 @@ def test_the_plugin_reads_a_certificate(tmp_path: Path) -> None:
     path.write_text("".join(pem()))
     path.chmod(0o600)
     assert run_task({"glm.fleet.tls_certificate": {"path": str(path)}}, directory=tmp_path)["expires"]
+    assert "warnings" not in run_task({"glm.fleet.tls_certificate": {"path": str(path)}}, directory=tmp_path)
+    path.write_text("".join(pem(days=12)))
+    (warning,) = run_task({"glm.fleet.tls_certificate": {"path": str(path)}}, directory=tmp_path)["warnings"]
+    assert re.search(r"edge.pem: the certificate expires on \d{4}-\d\d-\d\d, in 1[12] days: renew it", str(warning))
     missing = run_task({"glm.fleet.tls_certificate": {"path": f"{path}.absent"}}, directory=tmp_path)
     assert missing["msg"] == f"{path}.absent: No such file or directory"

@@ -408,7 +408,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
         ["up", "-i", "SITE", "-e", "@gone.yml"],
         "-e @gone.yml: there is no such file",
     ),
-    "a file of settings that is none": (["up", "-i", "SITE", "-e", "@requirements.txt"], "holds no settings"),
+    "a file of settings that is none": (["up", "-i", "SITE", "-e", "@site.yml"], "holds no settings"),
     "a file that is not text": (["up", "-i", "SITE", "-e", "@docs/images/report.png"], "-e @docs/images/report.png: "),
     "a drain of nothing": (["drain", "-i", "SITE"], "Missing argument 'NODES...'"),
 }

@@ -56,6 +56,10 @@ DEFAULTS: dict[str, Any] = {
     "gateway_servers": [{"name": "node1", "address": "127.0.0.1", "port": 8001}],
     "gateway_edges": False,
     "gateway_balance_factor": 150,
+    "gateway_acme_names": [],
+    "gateway_acme_peers": [],
+    "__gateway_acme_port": 8402,
+    "__gateway_has_tls": False,
     "__gateway_own_address": [],
     "gateway_limit_shares": 1,
     "__gateway_edge_keys": [entry(KEY)],
@@ -65,7 +69,15 @@ THREE = [{"name": f"node{number}", "address": f"127.0.0.{number}", "port": 8001}
 VARIANTS: dict[str, dict[str, Any]] = {
     "keys": {},
     "open": {"gateway_auth": "none"},
-    "tls": {"gateway_tls_certificate_file": "x", "__gateway_certificate_digest": "0" * 64},
+    "tls": {"gateway_tls_certificate_file": "x", "__gateway_has_tls": True, "__gateway_certificate_digest": "0" * 64},
+    "acme": {"gateway_acme_names": ["llm.example.com"], "__gateway_has_tls": True},
+    "acme of several gateways": {
+        "gateway_acme_names": ["llm.example.com"],
+        "gateway_acme_peers": ["10.0.0.2"],
+        "__gateway_has_tls": True,
+        "gateway_servers": THREE,
+        "gateway_edges": True,
+    },
     "a gateway": {"gateway_servers": THREE, "gateway_edges": True},
     "a gateway without a bound": {"gateway_servers": THREE, "gateway_edges": True, "gateway_balance_factor": 0},
     "every address": {"gateway_bind_address": "::"},
@@ -76,6 +88,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all at once": {
         "gateway_auth": "none",
         "gateway_tls_certificate_file": "x",
+        "__gateway_has_tls": True,
         "gateway_servers": [{**server, "tls": True} for server in THREE],
         "gateway_edges": True,
         "__gateway_certificate_digest": "0" * 64,
@@ -276,7 +289,7 @@ class Edge:
             **changes,
         }
         config = write_files(directory, **self.changes)
-        if self.changes.get("gateway_tls_certificate_file"):
+        if self.changes.get("__gateway_has_tls"):
             make_certificate(directory / "gateway/tls.pem")
         self.logs = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.logs.bind(str(directory / "log"))
@@ -328,7 +341,7 @@ class Edge:
         return str(self.directory / "server-state"), str(self.directory / "copy")
 
     def connect(self, timeout: float = 10) -> http.client.HTTPConnection:
-        if self.changes.get("gateway_tls_certificate_file"):
+        if self.changes.get("__gateway_has_tls"):
             context = ssl._create_unverified_context()
             return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=timeout, context=context)
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
@@ -652,7 +665,7 @@ def test_a_source_that_goes_on_with_a_wrong_key_is_told_to_wait(start: Callable[
 
 def test_connections_without_a_byte_end(start: Callable[..., Edge]) -> None:
     """With a bound of seconds, where a real one is a minute; a client that waits for its answer may be silent."""
-    edge = start(gateway_client_timeout="1s", gateway_tls_certificate_file="x", __gateway_certificate_digest="0" * 64)
+    edge = start(gateway_client_timeout="1s", __gateway_has_tls=True, __gateway_certificate_digest="0" * 64)
     answers: list[int] = []
     waiting = in_background(edge, "/v1/held", answers)
     silent = socket.create_connection(("127.0.0.1", edge.port), timeout=10)
@@ -738,7 +751,7 @@ def test_no_log_holds_a_key_or_a_query(edge: Edge) -> None:
 
 
 def test_tls(start: Callable[..., Edge]) -> None:
-    edge = start(gateway_tls_certificate_file="x", __gateway_certificate_digest="0" * 64)
+    edge = start(__gateway_has_tls=True, __gateway_certificate_digest="0" * 64)
     assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 200
     for name, taken in (
         ("AES128-SHA", False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from ansible_collections.glm.fleet.plugins.modules.hub_manifest import Hub, HubError, build_manifest
@@ -148,6 +149,26 @@ def test_an_endpoint_that_is_no_address() -> None:
 def test_a_path_outside_of_the_repository_is_refused(path: str) -> None:
     with pytest.raises(HubError, match="outside"):
         build_manifest(REPO, REVISION, [{"type": "file", "path": path, "size": 1, "oid": "0" * 40}])
+
+
+def listing(*paths: str) -> list[dict[str, Any]]:
+    return [{"type": "file", "path": path, "size": 1, "oid": "0" * 40} for path in ("model.safetensors", *paths)]
+
+
+@pytest.mark.parametrize(
+    "path", ["modeling_glm.py", "pytorch_model.bin", "x/weights.PT", "a.pkl", "lib.so", "b.tar.gz"]
+)
+def test_a_file_that_may_hold_code_is_refused_by_its_name(path: str) -> None:
+    with pytest.raises(HubError, match=r"may hold code \(.*set glm_model_suffixes: \[\"\.") as refused:
+        build_manifest(REPO, REVISION, listing(path, "config.json"))
+    assert path in str(refused.value)
+    suffix = "." + path.rpartition(".")[2]
+    assert build_manifest(REPO, REVISION, listing(path), [suffix])["files"]
+
+
+def test_what_a_checkpoint_has_is_known() -> None:
+    paths = [".gitattributes", "LICENSE", "README.md", "chat_template.jinja", "tokenizer.model", "figures/a.png"]
+    assert len(build_manifest(REPO, REVISION, listing(*paths))["files"]) == 7
 
 
 def test_metadata_alone_is_refused() -> None:

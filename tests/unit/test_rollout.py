@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ansible_collections.glm.fleet.plugins.filter import rollout
 from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure_of
 
@@ -28,6 +30,9 @@ def test_waves_that_make_none(wave: Any) -> None:
 @pytest.mark.parametrize("waves", [[], "1", None, 3])
 def test_waves_are_a_list(waves: Any) -> None:
     assert rollout.wave_problems(waves) == ['glm_rollout_waves: wanted a list such as [1, "10%", "25%"]']
+
+
+DEFAULTS = yaml.safe_load((Path(__file__).resolve().parents[2] / "roles/glm/defaults/main.yml").read_text())
 
 
 def test_batches_are_ansibles() -> None:
@@ -189,9 +194,16 @@ def test_a_gateways_servers() -> None:
     hostvars: dict[str, dict[str, Any]] = {
         "a": {"ansible_host": "1"},
         "b": {"ansible_host": "2", "glm_node_address": "10", "glm_port": "9000", "glm_tls_certificate_file": "x.pem"},
-        "c": {},
+        "c": {"glm_acme_names": []},
     }
-    servers = rollout.edge_servers(["a", "b", "c"], hostvars, {"port": 8000, "certificate": ""})
+    # What a host does not set is the role's default, whatever the host that asks has set for itself.
+    assert (
+        yaml.safe_load(Path(__file__).resolve().parents[2].joinpath("roles/glm/defaults/main.yml").read_text())[
+            "glm_port"
+        ]
+        == rollout.PORT
+    )
+    servers = rollout.edge_servers(["a", "b", "c"], hostvars)
     assert [(one["name"], one["address"], one["port"], one["tls"]) for one in servers] == [
         ("a", "1", 8000, False),
         ("b", "10", 9000, True),

@@ -29,3 +29,6 @@ def test_every_installed_package_is_pinned() -> None:
     pinned = {re.sub(r"[-_.]+", "-", name).lower() for name in re.findall(r"^([\w.-]+)==", pins, re.M)}
     installed = {re.sub(r"[-_.]+", "-", package.metadata["Name"]).lower() for package in metadata.distributions()}
     assert installed - pinned <= {"pip", "glm-fleet"}
+    # Whatever an index answers, pip installs these files alone.
+    bare = re.findall(r"^[\w.-]+==\S+(?: ;[^\\\n]*)?(?! *\\\n +--hash=)$", pins, re.M)
+    assert bare == []

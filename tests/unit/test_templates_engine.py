@@ -96,7 +96,9 @@ def test_run_is_the_docker_command(vllm: dict[str, str]) -> None:
         "/models/zai-org/GLM-5.2-FP8 --served-model-name glm-5.2-fp8 --host 127.0.0.1 --port 8001 "
     )
     docker = shlex.join(arguments[:image])
-    assert docker.startswith("run --rm --init --name glm-engine --network host --ipc=host --device nvidia.com/gpu=all ")
+    assert docker.startswith(
+        "run --rm --init --pull never --name glm-engine --network host --ipc=host --device nvidia.com/gpu=all "
+    )
     assert "--ulimit memlock=-1 --ulimit nofile=1048576 --ulimit stack=67108864" in docker
     weights = f"/var/lib/glm/models/zai-org--GLM-5.2-FP8/{'1' * 40}"
     # --volume would make an empty directory where the disk is not mounted.

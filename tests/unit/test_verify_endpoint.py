@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ import yaml
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node import endpoint
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.endpoint import Wrong
 from ansible_collections.glm.fleet.plugins.modules import verify_endpoint
+from certificates import pem
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS: dict[str, Any] = yaml.safe_load((ROOT / "roles/verify/files/questions.yml").read_text())
@@ -885,3 +888,23 @@ def test_prompts_have_their_length_with_any_tokenizer(node: Node, per_word: floa
 def test_a_wrong_address_is_refused() -> None:
     with pytest.raises(ValueError, match="not an http"):
         endpoint.Server("localhost:8000", 1)
+
+
+@pytest.mark.parametrize(
+    ("days", "said"), [(40, r"until \d{4}-\d\d-\d\d, 40 days"), (-2, "it expired on .*: renew it")]
+)
+def test_the_certificate_that_is_shown_is_read(days: int, said: str, node: Node, tmp_path: Path) -> None:
+    path = tmp_path / "edge.pem"
+    path.write_text("".join(pem(days=days)))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    with socket.create_server(("127.0.0.1", 0)) as plain, context.wrap_socket(plain, server_side=True) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            connection.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        url = f"https://127.0.0.1:{server.getsockname()[1]}"
+        (check,) = verify_endpoint.Verification({**node.params, "url": url})._chain(["certificate"])
+    assert check["ok"] is (days > 0) and re.fullmatch(said, check["detail"])

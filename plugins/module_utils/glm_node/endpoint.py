@@ -74,6 +74,18 @@ class Server:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         return http.client.HTTPSConnection(self.host, self.port, timeout=self.timeout, context=context)
 
+    def certificate(self) -> bytes:
+        """The certificate that is shown, in DER."""
+        connection = self._connect()
+        try:
+            connection.connect()
+            shown = connection.sock
+            return (shown.getpeercert(binary_form=True) or b"") if isinstance(shown, ssl.SSLSocket) else b""
+        except OSError as problem:
+            raise Wrong(f"{self.host}:{self.port}: {problem or type(problem).__name__}") from None
+        finally:
+            connection.close()
+
     def request(
         self, method: str, path: str, body: dict[str, Any] | None = None, headers: dict[str, str] | None = None
     ) -> Response:
