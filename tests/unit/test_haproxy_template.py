@@ -100,11 +100,11 @@ def template(name: str, **variables: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ROOT / "templates"),
         trim_blocks=True,
-        keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(FilterModule().filters())
-    return environment.get_template(name).render({**DEFAULTS, **variables})
+    # As Ansible does it, which drops the last line break of what is included, too.
+    return environment.get_template(name).render({**DEFAULTS, **variables}) + "\n"
 
 
 def write_files(directory: Path, **changes: Any) -> Path:
