@@ -149,9 +149,11 @@ class Fleet:
             return False
 
     @contextmanager
-    def load(self, name: str, check: bool = True) -> Iterator[dict[str, Any]]:
+    def load(
+        self, name: str, check: bool = True, clients: tuple[int, int, int] | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Clients all through the block. What they saw is there afterwards; with `check`, none may have failed."""
-        short, streams, enough = self.clients
+        short, streams, enough = clients or self.clients
         process = subprocess.Popen(
             [sys.executable, SHARED / "load.py", str(short), str(streams), *self.gateways.values()],
             stdin=subprocess.PIPE,

@@ -39,8 +39,16 @@ EXAMPLES = r"""
 RETURN = r"""
 edge: {description: Whether the host asks for keys at all., type: bool, returned: always}
 running: {description: Whether HAProxy runs there., type: bool, returned: always}
-added: {description: 'Names of keys that were not there, or with other limits.', type: list, returned: always}
-removed: {description: 'Names of keys that are there no more, or with other limits.', type: list, returned: always}
+added:
+  description: Names of keys that were not there, or with other limits.
+  type: list
+  elements: str
+  returned: always
+removed:
+  description: Names of keys that are there no more, or with other limits.
+  type: list
+  elements: str
+  returned: always
 """
 
 import os
