@@ -255,6 +255,90 @@ def undrain(nodes: tuple[str, ...], **common: Any) -> None:
     play("undrain", "playbooks/undrain.yml", nodes, **common)
 
 
+@main.group(
+    epilog="\b\nExamples:\n  glm-fleet keys list -i inventory/lambda\n  glm-fleet keys revoke -i inventory/lambda alice"
+)
+def keys() -> None:
+    """Change the API keys on all edges at once, and nothing else (playbooks/keys.yml).
+
+    The file on this machine is edited first. It works beside a rollout; no request in work is cut.
+    """
+
+
+def limits(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The limits of a new key."""
+    options = [
+        click.option("--requests-per-minute", type=click.IntRange(min=1), metavar="N", help="Requests in a minute."),
+        click.option("--concurrent", type=click.IntRange(min=1), metavar="N", help="Requests in work at once."),
+        click.option("--expires", metavar="YYYY-MM-DD", help="The day from whose 00:00 UTC on the key is refused."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+KEY = click.argument("name")
+
+
+def play_keys(action: str, name: str = "", settings: dict[str, Any] | None = None, **common: Any) -> None:
+    wanted = {"glm_key_action": action, "glm_key_name": name, **(settings or {})}
+    after = {"list": tables.keys, "add": tables.new_key, "rotate": tables.new_key}.get(action, tables.other_edges)
+    play("keys", "playbooks/keys.yml", (), wanted, after=after, **common)
+
+
+@keys.command("list", epilog="\b\nExample:\n  glm-fleet keys list -i inventory/lambda --json")
+@running
+def list_keys(**common: Any) -> None:
+    """Show the names and limits of the keys, and the edges that have other ones; never a key."""
+    play_keys("list", **common)
+
+
+@keys.command("apply", epilog="\b\nExample:\n  glm-fleet keys apply -i inventory/lambda")
+@running
+def apply_keys(**common: Any) -> None:
+    """Bring all edges to the file as it is: after an edit, or once an edge can be reached again."""
+    play_keys("apply", **common)
+
+
+@keys.command("add", epilog="\b\nExample:\n  glm-fleet keys add -i inventory/lambda alice --requests-per-minute 60")
+@KEY
+@limits
+@running
+def add_key(
+    name: str, requests_per_minute: int | None, concurrent: int | None, expires: str | None, **common: Any
+) -> None:
+    """Make a key, and print it."""
+    wanted = chosen(requests_per_minute=requests_per_minute, concurrent=concurrent, expires=expires)
+    play_keys("add", name, {"glm_key_limits": wanted}, **common)
+
+
+@keys.command("revoke", epilog="\b\nExample:\n  glm-fleet keys revoke -i inventory/lambda alice")
+@KEY
+@running
+def revoke_key(name: str, **common: Any) -> None:
+    """Take a key away. Its requests in work go on, further ones are refused."""
+    play_keys("revoke", name, **common)
+
+
+@keys.command("rotate", epilog="\b\nExample:\n  glm-fleet keys rotate -i inventory/lambda alice --grace 24")
+@KEY
+@click.option("--grace", type=click.FloatRange(min=0), default=0, metavar="HOURS", help="The old key goes on so long.")
+@limits
+@running
+def rotate_key(
+    name: str,
+    *,
+    grace: float,
+    requests_per_minute: int | None,
+    concurrent: int | None,
+    expires: str | None,
+    **common: Any,
+) -> None:
+    """Put another key in the place of one, and print it. Limits stay, but for those that are given."""
+    wanted = chosen(requests_per_minute=requests_per_minute, concurrent=concurrent, expires=expires)
+    play_keys("rotate", name, {"glm_key_limits": wanted, "glm_key_grace_hours": grace}, **common)
+
+
 @main.command(epilog="\b\nExamples:\n  glm-fleet report -i inventory/lambda\n  glm-fleet report --list")
 @click.argument("run", required=False, default="", shell_complete=runs_completion)
 @click.option("--list", "listed", is_flag=True, help="List the runs.")

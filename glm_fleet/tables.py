@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from glm_fleet.playbook import Outcome
 from glm_fleet.view import Screen, State
 
 WIDE = 100  # columns from which a table shows all it has
+WARNED = 14  # days before its end from which on a key is marked
 
 
 @dataclass
@@ -123,6 +125,66 @@ def commands(shown: Shown, console: Screen) -> None:
             console.print(facts["command"], soft_wrap=True)
 
 
+def keys_of(shown: Shown) -> dict[str, Any]:
+    """The path of the file of keys, and what it holds; nothing where the run did not come so far."""
+    return next((facts["keys"] for facts in shown.state.facts.values() if "keys" in facts), {})
+
+
+def edges_of(shown: Shown) -> dict[str, Any]:
+    """Of each edge that was asked, how it stands."""
+    return {host: facts["edge"] for host, facts in shown.state.facts.items() if "edge" in facts}
+
+
+def days_left(expires_at: int) -> int | None:
+    return int((expires_at - time.time()) // 86400) if expires_at else None
+
+
+def keys(shown: Shown, console: Screen) -> None:
+    table = grid("NAME", "DIGEST", "PER MINUTE", "AT ONCE", "EXPIRES", "DAYS LEFT")
+    for key in keys_of(shown).get("keys", []):
+        days = days_left(key["expires_at"])
+        left = Text("-" if days is None else "expired" if days < 0 else str(days))
+        if days is not None and days < WARNED:
+            left.style = "red" if days < 0 else "yellow"
+        counts = (str(key[limit] or "-") for limit in ("requests_per_minute", "concurrent"))
+        table.add_row(key["name"], key["digest"], *counts, key["expires"] or "-", left)
+    if table.rows:
+        console.print(table)
+    other_edges(shown, console, listed=True)
+
+
+def other_edges(shown: Shown, console: Screen, *, listed: bool = False) -> None:
+    """Of a list, which edges have other keys than the file; of another verb, which had."""
+    lacks, has = ("lacks", "has besides") if listed else ("took", "gave up")
+    for edge, seen in edges_of(shown).items():
+        if not seen["asks_for_keys"]:
+            console.print(f"{edge}: no edge that asks for keys yet", style="yellow", soft_wrap=True)
+            continue
+        changes = set(seen["added"]) & set(seen["removed"])
+        lists = {
+            lacks: set(seen["added"]) - changes, has: set(seen["removed"]) - changes, "other limits of": changes
+        }  # fmt: skip
+        parts = [f"{words} {', '.join(sorted(names))}" for words, names in lists.items() if names]
+        if parts:
+            console.print(f"{edge}: {'; '.join(parts)}", style="yellow" if listed else None, soft_wrap=True)
+
+
+def new_key(shown: Shown, console: Screen) -> None:
+    """The key alone, once: the run itself never says it."""
+    key = key_of(shown)
+    if key:
+        console.print(key, soft_wrap=True)
+
+
+def key_of(shown: Shown) -> str:
+    """The key that the run has made, from its file."""
+    found = keys_of(shown)
+    if not found.get("new"):
+        return ""
+    lines = (line.split() for line in Path(found["path"]).read_text().splitlines())
+    return next((words[0] for words in lines if words[1:2] == [found["new"]]), "")
+
+
 def runs(found: list[journal.Run], as_json: bool) -> None:
     rows: list[dict[str, Any]] = []
     for run in found:
@@ -165,6 +227,10 @@ def summary(command: str, outcome: Outcome, shown: Shown) -> dict[str, Any]:
         found |= {"run": shown.run.name, "journal": str(shown.run.journal)}
     if command == "status":
         found["status"] = status_of(shown)
+    elif command == "keys":
+        found["keys"] = [{**key, "days_left": days_left(key["expires_at"])} for key in keys_of(shown).get("keys", [])]
+        found["edges"] = edges_of(shown)
+        found |= {"key": key_of(shown)} if key_of(shown) else {}
     elif shown.state.facts:
         found["nodes"] = {
             node: {name: value for name, value in facts.items() if name != "verdict"}

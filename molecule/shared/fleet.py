@@ -113,7 +113,13 @@ class Fleet:
         return all(self.rotation(gateway) == dict.fromkeys(self.nodes, "in up") for gateway in self.gateways)
 
     def key(self) -> str:
-        return (self.playbook.inventory / "keys/api-keys.txt").read_text().splitlines()[-1].strip()
+        """The first one of the file."""
+        return self.key_lines()[0][0]
+
+    def key_lines(self) -> list[list[str]]:
+        """The words of each line that has a key."""
+        lines = (self.playbook.inventory / "keys/api-keys.txt").read_text().splitlines()
+        return [line.split() for line in lines if line.strip() and not line.startswith("#")]
 
     def say(self, line: str) -> None:
         self.lines.append(line)
@@ -143,9 +149,11 @@ class Fleet:
             return False
 
     @contextmanager
-    def load(self, name: str, check: bool = True) -> Iterator[dict[str, Any]]:
+    def load(
+        self, name: str, check: bool = True, clients: tuple[int, int, int] | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Clients all through the block. What they saw is there afterwards; with `check`, none may have failed."""
-        short, streams, enough = self.clients
+        short, streams, enough = clients or self.clients
         process = subprocess.Popen(
             [sys.executable, SHARED / "load.py", str(short), str(streams), *self.gateways.values()],
             stdin=subprocess.PIPE,

@@ -1,22 +1,26 @@
-"""Action plugin: check the file of API keys on the controller, and make it on first use."""
+"""Action plugin: check and edit the file of API keys on the controller, and make it on first use."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
-import secrets
 import stat
+import tempfile
 from typing import Any
 
 from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
+from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure
+from ansible_collections.glm.fleet.plugins.plugin_utils.key_file import VAULT, Refused, edit, new_key, parse
 
-KEY = re.compile(r"[A-Za-z0-9._~+/=-]{20,512}")
-
-
-class Refused(Exception):
-    """What the user has to put right, in one line."""
+SPEC = {
+    "path": {"type": "path", "required": True},
+    "generate": {"type": "bool", "default": False},
+    "usable": {"type": "bool", "default": False},
+    "edit": {"type": "str", "choices": ["add", "revoke", "rotate"]},
+    "name": {"type": "str", "default": ""},
+    "limits": {"type": "dict", "default": {}},
+    "grace_hours": {"type": "float", "default": 0.0},
+}
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
@@ -27,29 +31,46 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     def run(self, tmp: Any = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         result: dict[str, Any] = super().run(tmp, task_vars)
-        _validation, args = self.validate_argument_spec(
-            argument_spec={"path": {"type": "path", "required": True}, "generate": {"type": "bool", "default": False}}
-        )
+        _validation, args = self.validate_argument_spec(argument_spec=SPEC)
         path = os.path.abspath(args["path"])
         try:
-            made = not os.path.lexists(path)
-            if made and not args["generate"]:
-                raise Refused(f"{path} does not exist: site.yml makes it, or put one key a line in it")
-            if made and not self._task.check_mode:
-                generate(path)
-            if made and self._task.check_mode:
-                return {**result, "changed": True, "path": path, "digests": []}
-            check_private(path)
-            keys = parse(self._text(path), path)
+            return {**result, "path": path, **self._bring(path, args)}
         except (Refused, AnsibleError) as problem:
-            return {**result, "failed": True, "msg": str(problem)}
+            said = str(problem)
         except OSError as problem:
-            return {**result, "failed": True, "msg": f"{path}: {problem.strerror}"}
+            said = f"{path}: {problem.strerror}"
+        return {**result, "failed": True, "msg": said, "failure": failure("api_keys", said, nothing_changed=True)}
+
+    def _bring(self, path: str, args: dict[str, Any]) -> dict[str, Any]:
+        there, check = os.path.lexists(path), self._task.check_mode
+        if not there and not args["generate"]:
+            raise Refused(f"{path} does not exist: site.yml makes it, or put one key a line in it")
+        if not there and check:
+            return {"changed": True, "digests": [], "keys": []}
+        if not there:
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            write(path, f"{new_key()}\n")
+        check_private(path)
+        if args["edit"]:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                text = file.read()
+            if text.startswith(VAULT):
+                raise Refused(
+                    f"{path} is encrypted: change it by `ansible-vault edit {path}`, then apply it by "
+                    "playbooks/keys.yml (glm-fleet keys apply)"
+                )
+            text = edit(text, path, args["edit"], args["name"], args["limits"], grace=args["grace_hours"])
+            if not check:
+                write(path, text)
+        else:
+            text = self._text(path)
+        entries = parse(text, path)
+        if args["usable"] and all(entry.expired() for entry in entries):
+            raise Refused(f"{path}: each key has expired: add one with glm-fleet keys add NAME")
         return {
-            **result,
-            "changed": made,
-            "path": path,
-            "digests": [hashlib.sha256(key.encode()).hexdigest() for key in keys],
+            "changed": not there or bool(args["edit"]),
+            "digests": [entry.sha256 for entry in entries],
+            "keys": [entry.public() for entry in entries],
         }
 
     def _text(self, path: str) -> str:
@@ -58,30 +79,22 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             return file.read()
 
 
-def generate(path: str) -> None:
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(f"sk-glm-{secrets.token_urlsafe(32)}\n")
+def write(path: str, text: str) -> None:
+    """For its owner alone, whole or not at all; a link stays one."""
+    path = os.path.realpath(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=".api-keys.", dir=os.path.dirname(path))
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def check_private(path: str) -> None:
     mode = stat.S_IMODE(os.stat(path).st_mode)
     if mode & 0o077:
         raise Refused(f"{path} is open to others (mode {mode:04o}): chmod 600 {path}")
-
-
-def parse(text: str, path: str) -> list[str]:
-    seen: dict[str, int] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        key = line.strip()
-        if not key or key.startswith("#"):
-            continue
-        if not KEY.fullmatch(key):
-            raise Refused(f"{path}, line {number}: not an API key (one a line, 20 to 512 of A-Z a-z 0-9 . _ ~ + / = -)")
-        if key in seen:
-            raise Refused(f"{path}, line {number}: the same key as in line {seen[key]}, delete one of them")
-        seen[key] = number
-    if not seen:
-        raise Refused(f"{path} holds no key: put one a line in it, or delete it to have one made")
-    return list(seen)

@@ -26,7 +26,7 @@ from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure_
 from ansible_collections.glm.fleet.plugins.plugin_utils.journal import write
 
 # What a command is run for, by the public fact that holds it.
-FACTS = {"verify_result": "verify", "benchmark_result": "benchmark"}
+FACTS = {"verify_result": "verify", "benchmark_result": "benchmark", "gateway_keys": "keys", "gateway_edge": "edge"}
 
 
 def marked(task: Any, ending: str) -> str:

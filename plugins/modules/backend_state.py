@@ -49,6 +49,7 @@ servers:
   type: dict
   returned: always
 settled: {description: Whether what was waited for came., type: bool, returned: always}
+asks_for_keys: {description: Whether the edge has API keys., type: bool, returned: always}
 """
 
 import os
@@ -59,6 +60,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.haproxy import BACKEND, SOCKET, HAProxy, Unavailable
 
 INTERVAL = 0.2  # seconds between two looks
+KEYS = "/etc/glm/gateway/keys.map"
 KEEP = "/opt/glm/bin/gateway-reload"  # writes the state that HAProxy reads on its next start
 
 
@@ -80,12 +82,13 @@ def main() -> None:
     )
     name, rotation = module.params["server"], module.params["rotation"]
     edge = HAProxy(module.params["socket"], module.params["backend"])
+    keys = os.path.exists(KEYS)
     try:
         servers = edge.servers()
         if not name or not rotation:
-            module.exit_json(changed=False, servers=servers, settled=True)
+            module.exit_json(changed=False, servers=servers, settled=True, asks_for_keys=keys)
         if name not in servers and module.check_mode:  # the run would have configured it before
-            module.exit_json(changed=True, servers=servers, settled=True)
+            module.exit_json(changed=True, servers=servers, settled=True, asks_for_keys=keys)
         if name not in servers:
             known = ", ".join(servers) or "none"
             module.fail_json(msg=f"this edge has no server {name} (it has {known}): run site.yml to configure it")
@@ -103,12 +106,13 @@ def main() -> None:
             servers = edge.servers()
     except Unavailable as problem:
         if module.params["absent_ok"]:
-            module.exit_json(changed=False, servers={}, settled=True)
+            module.exit_json(changed=False, servers={}, settled=True, asks_for_keys=keys)
         module.fail_json(msg=str(problem))
     module.exit_json(
         changed=changed,
         servers=servers,
         settled=module.check_mode or settled(servers[name], rotation),
+        asks_for_keys=keys,
         diff={"before": f"{name}: {before}\n", "after": f"{name}: {rotation}\n"},
     )
 

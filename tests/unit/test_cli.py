@@ -549,6 +549,73 @@ def test_a_node_that_cannot_be_reached(inventory: Path, tmp_path: Path) -> None:
         journal.find(runs, "")
 
 
+ALICE = "sk-glm-" + "a" * 43
+EDGES = """\
+all:
+  children:
+    nodes:
+      hosts:
+        node-1: {ansible_connection: local, ansible_become: false}
+        node-2: {ansible_host: 127.0.0.1, ansible_port: 9, ansible_ssh_retries: 0}
+"""
+
+
+@pytest.fixture
+def keys_file(inventory: Path) -> Path:
+    """Of an inventory whose second edge cannot be reached; the first is none yet."""
+    (inventory / "hosts.yml").write_text(EDGES)
+    (inventory / "keys").mkdir(mode=0o700)
+    path = inventory / "keys/api-keys.txt"
+    path.touch(mode=0o600)
+    path.write_text(f"# ours\n{ALICE} alice requests_per_minute=60\n")
+    return path
+
+
+def keys_run(verb: str, file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    site = file.parents[1]
+    return glm_fleet("keys", verb, "-i", str(site), "--runs", str(site.parent / "runs"), *arguments)
+
+
+def test_a_new_key_is_printed_once_and_kept_nowhere_else(keys_file: Path, tmp_path: Path) -> None:
+    run = keys_run("add", keys_file, "bob", "--concurrent", "4")
+    # The file is changed, and an edge was not reached: the rest is done.
+    assert run.returncode == Exit.UNREACHABLE
+    assert "node-2: " in run.stderr and "Connection refused" in run.stderr
+    key = run.stdout.strip()
+    assert keys_file.read_text() == f"# ours\n{ALICE} alice requests_per_minute=60\n{key} bob concurrent=4\n"
+    assert stat.S_IMODE(keys_file.stat().st_mode) == 0o600
+    kept = [path.read_text() for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert kept and not any(key in text or ALICE in text for text in [*kept, run.stderr])
+    assert any("bob" in text for text in kept)
+
+
+def test_a_list_of_keys_holds_none(keys_file: Path) -> None:
+    run = keys_run("list", keys_file, "--json")
+    found = json.loads(run.stdout)
+    assert run.returncode == found["exit_code"] == Exit.UNREACHABLE
+    (alice,) = found["keys"]
+    assert (alice["name"], alice["requests_per_minute"], alice["days_left"]) == ("alice", 60, None)
+    assert re.fullmatch("[0-9a-f]{8}", alice["digest"])
+    assert found["edges"] == {"node-1": {"asks_for_keys": False, "runs": False, "added": [], "removed": []}}
+    assert ALICE not in run.stdout + run.stderr
+    assert "alice" in keys_run("list", keys_file).stdout
+
+
+def test_a_wrong_edit_of_keys_changes_nothing(keys_file: Path) -> None:
+    before = keys_file.read_text()
+    run = keys_run("revoke", keys_file, "carol")
+    assert run.returncode == Exit.REFUSED
+    assert f"glm-fleet: {keys_file} has no key carol (it has alice)" in run.stderr
+    assert keys_file.read_text() == before
+
+
+def test_an_edge_with_other_keys_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    state = State("keys", ("node-1",))
+    state.facts = {"node-1": {"edge": {"asks_for_keys": True, "added": ["bob", "carol"], "removed": ["alice", "bob"]}}}
+    tables.keys(tables.Shown(state, None), Screen())
+    assert capsys.readouterr().out == "node-1: lacks carol; has besides alice; other limits of bob\n"
+
+
 def test_what_a_killed_run_left_goes_with_the_next(tmp_path: Path) -> None:
     killed = journal.create(tmp_path, "up")
     writer = journal.Writer(killed)

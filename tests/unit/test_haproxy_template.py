@@ -29,6 +29,15 @@ ROOT = Path(__file__).resolve().parents[2]
 HAPROXY = shutil.which("haproxy") or "/usr/sbin/haproxy"
 KEY = "sk-glm-" + "k" * 43
 OTHER_KEY = "sk-glm-" + "o" * 43
+
+
+def entry(key: str, name: str = "", **limits: int) -> dict[str, Any]:
+    """What an edge knows of a key."""
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    known = {"sha256": digest, "name": name or digest[:8], "requests_per_minute": 0, "concurrent": 0, "expires_at": 0}
+    return {**known, **limits}
+
+
 DEFAULTS: dict[str, Any] = {
     "ansible_managed": "Ansible managed",
     "gateway_bind_address": "*",
@@ -52,7 +61,8 @@ DEFAULTS: dict[str, Any] = {
     "__gateway_acme_port": 8402,
     "__gateway_has_tls": False,
     "__gateway_own_address": [],
-    "__gateway_key_digests": [hashlib.sha256(KEY.encode()).hexdigest()],
+    "gateway_limit_shares": 1,
+    "__gateway_edge_keys": [entry(KEY)],
     "__gateway_certificate_digest": "",
 }
 THREE = [{"name": f"node{number}", "address": f"127.0.0.{number}", "port": 8001} for number in (1, 2, 3)]
@@ -71,6 +81,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a gateway": {"gateway_servers": THREE, "gateway_edges": True},
     "a gateway without a bound": {"gateway_servers": THREE, "gateway_edges": True, "gateway_balance_factor": 0},
     "every address": {"gateway_bind_address": "::"},
+    "a node behind gateways": {"gateway_limit_shares": 0},
     "without limits": {"gateway_source_connections": 0, "gateway_max_requests": 0},
     "for browsers": {"gateway_cors_origins": ["https://chat.example", "http://localhost:3000"]},
     "one address": {"gateway_bind_address": "127.0.0.1"},
@@ -89,11 +100,11 @@ def template(name: str, **variables: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ROOT / "templates"),
         trim_blocks=True,
-        keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(FilterModule().filters())
-    return environment.get_template(name).render({**DEFAULTS, **variables})
+    # As Ansible does it, which drops the last line break of what is included, too.
+    return environment.get_template(name).render({**DEFAULTS, **variables}) + "\n"
 
 
 def write_files(directory: Path, **changes: Any) -> Path:
@@ -167,8 +178,9 @@ def test_no_file_of_the_node_holds_a_key() -> None:
     assert hashlib.sha256(KEY.encode()).hexdigest().upper() in text
 
 
-def test_other_keys_make_another_configuration() -> None:
-    assert template("haproxy.cfg.j2") != template("haproxy.cfg.j2", __gateway_key_digests=["0" * 64])
+def test_other_keys_make_no_other_configuration() -> None:
+    """HAProxy is told of them as it runs: a reload would leave a worker behind for each long stream."""
+    assert template("haproxy.cfg.j2") == template("haproxy.cfg.j2", __gateway_edge_keys=[entry(OTHER_KEY)])
 
 
 # --- a real HAProxy in front of an engine ---
@@ -286,7 +298,9 @@ class Edge:
 
     def run(self, config: Path) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            [HAPROXY, "-W", "-f", config], stdout=subprocess.DEVNULL, stderr=(self.directory / "stderr").open("w")
+            [HAPROXY, "-W", "-S", self.directory / "master.sock", "-f", config],
+            stdout=subprocess.DEVNULL,
+            stderr=(self.directory / "stderr").open("w"),
         )
         wait_until(lambda: self.admin("show info") != "", "HAProxy to answer")
         return process
@@ -802,7 +816,7 @@ def test_a_reload_keeps_what_was_drained_and_takes_new_keys_without_a_cut(start:
     stream = edge.connect()
     stream.request("POST", "/v1/stream", b"{}", {"x-api-key": KEY})
     answer = stream.getresponse()
-    write_files(edge.directory, **edge.changes, __gateway_key_digests=[hashlib.sha256(OTHER_KEY.encode()).hexdigest()])
+    write_files(edge.directory, **edge.changes, __gateway_edge_keys=[entry(OTHER_KEY)])
     problem = edge.reload()
     assert problem is None
     assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 401

@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib/gateway"))
-from glm_node.haproxy import BACKEND, SOCKET, HAProxy, Unavailable
+from glm_node.haproxy import BACKEND, SOCKET, HAProxy, Unavailable, locked
 
 # HAProxy reads the first.
 STATE_FILES = ("/var/lib/haproxy/server-state", "/var/lib/glm/haproxy-server-state")
@@ -155,7 +155,8 @@ def main() -> int:
                 print(f"glm: {lost}", file=sys.stderr)
             return 0
         shutil.copyfile(CONFIG, f"{LOADED}.new")
-        problem = reload(int(sys.argv[1]), SOCKET, STATE_FILES, CONFIG)
+        with locked():  # nobody changes the keys of the old worker while the new one reads them
+            problem = reload(int(sys.argv[1]), SOCKET, STATE_FILES, CONFIG)
         if not problem:
             os.replace(f"{LOADED}.new", LOADED)
     except (OSError, Unavailable) as error:
