@@ -104,7 +104,7 @@ def template(name: str, **variables: Any) -> str:
     )
     environment.filters.update(FilterModule().filters())
     # As Ansible does it, which drops the last line break of what is included, too.
-    return environment.get_template(name).render({**DEFAULTS, **variables}) + "\n"
+    return environment.get_template(name).render({**DEFAULTS, **variables}).rstrip("\n") + "\n"
 
 
 def write_files(directory: Path, **changes: Any) -> Path:
