@@ -303,6 +303,8 @@ class Edge:
             stderr=(self.directory / "stderr").open("w"),
         )
         wait_until(lambda: self.admin("show info") != "", "HAProxy to answer")
+        # Before its own loop the master loses a signal to reload; systemd waits for its word that it is ready.
+        wait_until(lambda: "worker" in self.admin("show proc", "master.sock"), "its master to listen")
         return process
 
     def restart(self) -> None:
@@ -325,9 +327,9 @@ class Edge:
     def engine(self) -> Engine:
         return self.engines[0]
 
-    def admin(self, command: str) -> str:
+    def admin(self, command: str, socket: str = "haproxy/admin.sock") -> str:
         try:
-            return str(RELOAD.HAProxy(str(self.directory / "haproxy/admin.sock")).ask(command))
+            return str(RELOAD.HAProxy(str(self.directory / socket)).ask(command))
         except RELOAD.Unavailable:
             return ""
 

@@ -164,7 +164,11 @@ def test_flags_are_refused_where_a_release_is_made_and_nowhere_else(
 def test_settings_that_are_used_are_those_that_are_specified() -> None:
     spec = yaml.safe_load((ROOT / "roles/glm/meta/argument_specs.yml").read_text())
     known = set(spec["argument_specs"]["main"]["options"])
-    readers = [ROOT / "roles/glm/vars/main.yml", ROOT / "plugins/filter/rollout.py"]
+    readers = [
+        ROOT / "roles/glm/vars/main.yml",
+        ROOT / "plugins/filter/rollout.py",
+        ROOT / "plugins/plugin_utils/edges.py",
+    ]
     texts = [path.read_text() for path in [*PLAYBOOKS, *readers]]
     texts += [path.read_text() for path in (ROOT / "roles/glm/tasks").glob("*.yml")]
     used = set(re.findall(r"(?<![\w-])glm_[a-z_]+", "\n".join(texts)))
