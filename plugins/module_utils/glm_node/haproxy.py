@@ -6,6 +6,7 @@ import csv
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -113,13 +114,25 @@ def workers(path: str = SOCKET, master: str = MASTER) -> list[HAProxy]:
     """Whoever may still be asked: the worker that takes connections, and those that serve their last ones."""
     found = [HAProxy(path)]
     if os.path.exists(master):
-        listed = HAProxy(master).ask("show proc").partition("# old workers")[2].partition("# programs")[0]
+        listed = patiently(HAProxy(master), "show proc").partition("# old workers")[2].partition("# programs")[0]
         found += [
             HAProxy(master, worker=fields[0])
             for line in listed.splitlines()
             if (fields := line.split())[1:2] == ["worker"]
         ]
     return found
+
+
+def patiently(master: HAProxy, command: str, seconds: float = 5) -> str:
+    """The answer of a master that may just be reloading: its socket refuses for a moment, while the workers serve."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return master.ask(command)
+        except Unavailable:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
 
 
 @contextmanager
