@@ -114,6 +114,10 @@ faults: venv engine ## Inject every fault of the list under load, and write docs
 bench-fleet: venv engine ## What 4, 16 and 48 light nodes cost: wall time, CPU, memory, round trips
 	@tests/bench_fleet.py $(NODES)
 
+.PHONY: bench-edge
+bench-edge: venv programs ## What the edge adds to requests and tokens, and 2,000 streams at once
+	@tests/bench_edge.py --write
+
 .PHONY: figures
 figures: venv engine ## Measure the demo, and write what was measured here into README.md and docs/testing.md
 	@tools/figures.py

@@ -19,7 +19,7 @@ from fleet import Fleet, provided
 from testbed import ROOT, Play
 
 INVENTORY = ROOT / "molecule/edge/accounts"
-NODE, EDGE = "accounts-1", "http://198.18.76.10:8000"
+NODE, EDGE = "accounts-1", "http://198.18.78.10:8000"
 REQUESTS, AT_ONCE = 10_000, 32
 NAMES = ("alice", "bob", "carol")
 WORDS = ["cat", "dog", "sun", "moon", "tree", "river", "stone", "cloud", "bird", "fish"]
