@@ -385,13 +385,14 @@ def overlapping_network(c: Context) -> Iterator[Finding]:
     ways = [("the controller", seen["controller"])]
     ways += [("a name server", server) for server in seen["name_servers"]]
     ways += [("the default gateway", gateway) for gateway in seen["gateways"]]
-    ways += [(f"the fleet's {name}", address) for name, found in seen["peers"].items() for address in found]
-    cut = [(name, address) for name, address in ways if network and is_in(address, network)]
+    ways += [("a gateway of the fleet", address) for found in seen["peers"].values() for address in found]
+    cut = [way for way in ways if network and is_in(way[1], network)]
     if cut:
+        names, addresses = (listed(dict.fromkeys(words)) for words in zip(*cut))
         yield Finding(
             "docker_network",
-            f"Docker's own network would cut the way to {listed(dict.fromkeys(address for _name, address in cut))} "
-            f"(found {listed(name for name, _address in cut)} in {network}, wanted nothing of the site there)",
+            f"Docker's own network would cut the way to {addresses} (found {names} in {network}, wanted nothing of the "
+            "site there)",
             fix,
         )
 

@@ -491,7 +491,7 @@ FAULTS: list[tuple[Callable[[World], None], str, list[str]]] = [
     (
         a_bridge_over_a_gateway,
         "docker_network",
-        ["cut the way to 10.0.2.5 (found the fleet's gateway-1 in 10.0.2.0/24"],
+        ["cut the way to 10.0.2.5 (found a gateway of the fleet in 10.0.2.0/24"],
     ),
     (locks_of_one_node, "weights_locks", ["locks at /mnt", "found nolock", "glm_weights_source"]),
     (storage_without_an_answer, "storage", [WEIGHTS_DIR, "found Stale file handle", "set glm_weights_dir to another"]),
