@@ -76,6 +76,7 @@ def test_a_docker_of_a_snap_is_refused(fleet: Fleet, node: Machine) -> None:
         ("198.18.76.129/25", "198.18.76.200 (found a gateway of the fleet in 198.18.76.128/25"),
         ("198.18.76.2/26", "198.18.76.1 (found the controller, the default gateway in 198.18.76.0/26"),
     ],
+    ids=["the gateways'", "the controller's"],
 )
 def test_a_network_of_dockers_that_overlaps_the_sites_is_refused(
     fleet: Fleet, node: Machine, network: str, cut: str

@@ -79,7 +79,9 @@ def test_weights_where_locks_hold_for_one_node_alone_are_refused(fleet: Fleet, s
 
 
 @pytest.mark.parametrize(
-    ("fault", "found"), [("STOP", "no answer within 20 s"), ("KILL", "Transport endpoint is not connected")]
+    ("fault", "found"),
+    [("STOP", "no answer within 20 s"), ("KILL", "Transport endpoint is not connected")],
+    ids=["hangs", "ended"],
 )
 def test_a_file_system_that_does_not_answer_is_refused(fleet: Fleet, sshfs: Machine, fault: str, found: str) -> None:
     """A process that has asked it cannot be ended by any signal."""
