@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import re
 import socket
 import subprocess
@@ -81,7 +82,7 @@ class Engine(asyncio.Protocol):
         self.transport.write(
             b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
         )
-        await asyncio.sleep(PAUSE * (id(self) >> 6) % PAUSE)
+        await asyncio.sleep(random.uniform(0, PAUSE))
         for number in range(TOKENS):
             usage = f',"usage":{{"prompt_tokens":1000,"total_tokens":{1000 + number},"completion_tokens":{number}}}'
             event = (

@@ -133,8 +133,31 @@ function Accounts:http_payload(txn, message)
   local data = message:body()
   if not data or #data == 0 then return end
   if not message:is_resp() then return self:question(message, data) end
-  if self.streamed then return self:events_of(txn, message, data) end
-  self:answer(txn, data)
+  if self.streamed then return self:events_of(message, data) end
+  -- The figures stand near the end, and may be split.
+  self.seen = self.seen .. data
+  self:note(self.seen)
+  self.seen = sub(self.seen, -OVERLAP)
+end
+
+-- Before the line is logged, however the request ends. Later figures count, since they go on growing.
+function Accounts:end_analyze(txn, channel)
+  if not channel:is_resp() or not self.path then return end
+  for _, usage in ipairs({ self.first, self.usage }) do
+    local function number(name) return tonumber(match(usage, '"' .. name .. '":%s*(%d+)')) end
+    local read = number("cache_read_input_tokens")
+    local input = number("prompt_tokens") or number("input_tokens")
+    -- Anthropic's input does not hold what was cached.
+    if input then txn:set_var("txn.input", input + (read or 0)) end
+    local cached = number("cached_tokens") or read
+    if cached then txn:set_var("txn.cached", cached) end
+    local output = number("completion_tokens") or number("output_tokens")
+    if output then txn:set_var("txn.output", output) end
+  end
+  if self.events > 0 and not self.told then
+    txn:set_var("txn.output", self.events)
+    txn:set_var("txn.estimated", true)
+  end
 end
 
 function Accounts:question(message, data)
@@ -164,52 +187,43 @@ function Accounts:question(message, data)
   return place
 end
 
-function Accounts:answer(txn, data)
-  self.seen = self.seen .. data
-  self:count(txn, self.seen)
-  self.seen = sub(self.seen, -OVERLAP)
-end
-
--- The last figures count, since they go on growing. Anthropic's input does not hold what was cached.
-function Accounts:count(txn, text)
-  local usage
-  for found in string.gmatch(text, '"usage":%s*(%b{})') do usage = found end
-  if not usage then return end
-  local function number(name) return tonumber(match(usage, '"' .. name .. '":%s*(%d+)')) end
-  local read = number("cache_read_input_tokens")
-  local input = number("prompt_tokens") or number("input_tokens")
-  if input then txn:set_var("txn.input", input + (read or 0)) end
-  local cached = number("cached_tokens") or read
-  if cached then txn:set_var("txn.cached", cached) end
-  self.output = number("completion_tokens") or number("output_tokens") or self.output or 0
-  txn:set_var("txn.output", self.output)
+-- Keeps the last figures, and the first ones, which alone may tell the input.
+function Accounts:note(text)
+  local at = find(text, '"usage":', 1, true)
+  while at do
+    local usage = match(text, "^%s*(%b{})", at + 8)
+    if usage then
+      self.first = self.first or usage
+      self.usage = usage
+    end
+    at = find(text, '"usage":', at + 8, true)
+  end
 end
 
 -- Events of which a part is still to come are kept back until it is there.
-function Accounts:events_of(txn, message, data)
-  local whole, at = 0, find(data, "\n\n", 1, true)
-  while at do
-    whole = at + 1
-    at = find(data, "\n\n", at + 2, true)
+function Accounts:events_of(message, data)
+  local whole = #data
+  if sub(data, -2) ~= "\n\n" and not message:eom() then
+    whole = match(data, ".*\n\n()", 1)
+    if not whole then return #data < EVENT and 0 or #data end
+    whole = whole - 1
   end
-  local last = message:eom()
-  if whole == 0 then
-    if #data < EVENT and not last then return 0 end
-    return
-  end
-  local events, rest = sub(data, 1, whole), #data - whole
-  self:count(txn, events)
+  local events = whole == #data and data or sub(data, 1, whole)
+  self:note(events)
+  local left = whole
   if not OPENAI[self.path] then
-    self:estimate(txn, events)
+    self:estimate(events)
   elseif not self.as_it_goes then
     local cleaned = self:cleaned(events)
-    if #cleaned ~= whole then message:set(cleaned, 0, whole) end
-    whole = #cleaned
+    left = #cleaned
+    if left ~= whole then message:set(cleaned, 0, whole) end
   end
-  if rest > 0 and not last then return whole end
+  if whole < #data then return left end
 end
 
+-- Without what the client did not ask for. The last event has no choices.
 function Accounts:cleaned(events)
+  if not find(events, '"choices":%s*%[%s*%]') then return (gsub(events, ',%s*"usage":%s*%b{}', "")) end
   return (gsub(events, "[^\n]+\n\n", function(event)
     if find(event, '"choices":%s*%[%s*%]') then return not self.at_end and "" or nil end
     return (gsub(event, ',%s*"usage":%s*%b{}', ""))
@@ -217,22 +231,13 @@ function Accounts:cleaned(events)
 end
 
 -- These interfaces tell the output at the end alone: until then, an event that brings some is taken for a token.
-function Accounts:estimate(txn, events)
-  if self.told then return end
-  self.told = find(events, '"message_delta"', 1, true) or find(events, '"response.completed"', 1, true)
-  if self.told then
-    txn:set_var("txn.estimated", false)
-    return
-  end
+function Accounts:estimate(events)
+  self.told = self.told or find(events, '"message_delta"', 1, true) or find(events, '"response.completed"', 1, true)
   local mark = self.path == "/v1/messages" and 'content_block_delta"' or '.delta"'
   local at = find(events, mark, 1, true)
   while at do
     self.events = self.events + 1
     at = find(events, mark, at + #mark, true)
-  end
-  if self.events > 0 then
-    txn:set_var("txn.output", self.events)
-    txn:set_var("txn.estimated", true)
   end
 end
 
