@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from ansible_collections.glm.fleet.plugins.plugin_utils.edges import edge_of
 
 DEFAULT_SSH_PORT = 22
 
@@ -92,6 +94,25 @@ def duplicate_addresses(hosts: Iterable[str], hostvars: Mapping[str, Mapping[str
     ]
 
 
+def gateways_by_name(gateways: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line for each of several gateways whose address is no IP address, by which the others know it."""
+
+    def is_ip(address: str) -> bool:
+        try:
+            ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return True
+
+    addresses = {name: str(edge_of(name, hostvars[name])["address"]) for name in gateways} if len(gateways) > 1 else {}
+    return [
+        f"inventory: the other gateways know {name} by its address, and {address} is a name: set glm_node_address for "
+        "it, to the IP address from which they see it"
+        for name, address in addresses.items()
+        if not is_ip(address)
+    ]
+
+
 def differing_settings(
     hosts: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]], names: Iterable[str]
 ) -> list[str]:
@@ -127,6 +148,7 @@ class FilterModule:
             "role_variables": role_variables,
             "variables_of_roles": variables_of_roles,
             "duplicate_addresses": duplicate_addresses,
+            "gateways_by_name": gateways_by_name,
             "differing_settings": differing_settings,
             "results_problems": results_problems,
         }

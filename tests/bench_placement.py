@@ -1,0 +1,333 @@
+#!/usr/bin/env python3
+"""`make bench-placement`: what a gateway's choice of nodes does to coding sessions.
+
+Replays sessions of many turns against four light engines, through HAProxy as it was (consistent hashing with bounded
+loads), as it is (sticky sessions, new ones to the node with the fewest requests), and through vLLM's router by its
+cache-aware policy. Writes docs/placement.md; fails where the 90th percentile of a session's time is above BUDGET of
+what hashing gives.
+
+Time runs SPEED times as fast, and a word stands for WORD tokens, so that two cores carry it. All figures are in seconds
+and tokens of the engines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / path) for path in ("tests/unit", "plugins/module_utils", ".")]
+from test_haproxy_template import free_port, write_files  # noqa: E402
+
+PAGE = ROOT / "docs/placement.md"
+NODES = 4
+BUDGET = 0.7
+SPEED = 40
+WORD = 128  # tokens
+
+# A node: what is published of vLLM on 8x B200 (docs/report.md), and what its profiles say.
+PREFILL = 28_000  # tokens a second: 32 prompts of 8,192 tokens, all of them read after 9.3 s
+DECODE = 41  # tokens a second of one request: 24.4 ms a token
+CACHE = 1_200_000  # tokens: 60 GiB at 54 kB
+SLOTS = 64  # --max-num-seqs
+
+# Sessions, by TraceLab's trace of 4,300 sessions of Claude Code and Codex: median, and the sigma of a log-normal
+# distribution that has the trace's 90th percentile too, or its mean. Where it would go on for hours it is cut.
+STEPS, STEPS_MOST = (15, 1.71), 60  # of a session; 90th percentile 135
+APPENDED = (800, 1.26)  # tokens that a step adds; 90th percentile 4,000
+ANSWER, ANSWER_MOST = (240, 1.25), 8_000  # tokens; mean 523
+TOOL, TOOL_MOST = (0.3, 2.97), 216  # seconds; 90th percentile 13.6, 99th 216
+HUMAN, HUMAN_MOST = (84, 2.1), 300  # seconds; 90th percentile 1,236
+BY_HUMAN = 0.108  # share of the steps that a human begins
+SYSTEM = 16_000  # tokens that all sessions begin with: instructions and tools
+CONTEXT = 200_000  # tokens at which a session is compacted
+SUMMARY = 8_000
+
+HASHING = """\
+    http-request set-var(txn.session) uuid if !{ var(txn.session) -m found }
+    balance hash var(txn.session)
+    hash-type consistent sdbm avalanche
+    hash-balance-factor 150
+"""
+POLICIES = {
+    "hashing": "consistent hashing, bounded loads of 1.5 (before)",
+    "sticky": "sticky, new sessions to the fewest requests (now)",
+    "router": "vllm-router, cache-aware",
+}
+
+
+@dataclass
+class Step:
+    """What is added to the conversation, what is answered, and what time passes before the next one."""
+
+    appended: int
+    answer: int
+    pause: float
+
+
+@dataclass
+class Session:
+    """A conversation, and what became of it."""
+
+    number: int
+    begin: float
+    steps: list[Step]
+    seconds: float = 0
+    failed: list[str] = field(default_factory=list)
+
+
+def drawn(chance: random.Random, shape: tuple[float, float], most: float = math.inf) -> float:
+    """A value of a log-normal distribution."""
+    return min(chance.lognormvariate(math.log(shape[0]), shape[1]), most)
+
+
+def workload(seed: int, sessions: int, minutes: float) -> list[Session]:
+    """Sessions that begin at random within so many minutes."""
+    chance = random.Random(seed)
+    made = []
+    for number in range(sessions):
+        steps = [
+            Step(
+                appended=max(1, round(drawn(chance, APPENDED, CONTEXT / 2) / WORD)),
+                answer=max(1, round(drawn(chance, ANSWER, ANSWER_MOST) / WORD)),
+                pause=drawn(chance, HUMAN, HUMAN_MOST)
+                if chance.random() < BY_HUMAN
+                else drawn(chance, TOOL, TOOL_MOST),
+            )
+            for _ in range(max(1, round(drawn(chance, STEPS, STEPS_MOST))))
+        ]
+        made.append(Session(number, chance.uniform(0, minutes * 60), steps))
+    return made
+
+
+def words(name: str, count: int) -> str:
+    """Text that no other session has."""
+    return " ".join(f"{name}.{number}" for number in range(count))
+
+
+async def ask(port: int, session: str, messages: list[dict[str, str]]) -> str:
+    """What went wrong with one request, if anything. The client costs as little as it can: it shares the cores."""
+    asked = {
+        "model": "light",
+        "messages": messages,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    body = json.dumps(asked).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+        f"X-Session-Id: {session}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head.encode() + body)
+        answer = await reader.read(-1)
+        writer.close()
+    except OSError as error:
+        return str(error)
+    return "" if answer.split(b" ", 2)[1:2] == [b"200"] else answer[:200].decode(errors="replace")
+
+
+async def replay(session: Session, port: int) -> None:
+    """One session: it asks, waits for the answer, then for its tool or its human."""
+    await asyncio.sleep(session.begin / SPEED)
+    name = f"s{session.number}"
+    system = {"role": "system", "content": words("system", SYSTEM // WORD)}
+    messages = [system]
+    held = SYSTEM // WORD
+    for number, step in enumerate(session.steps):
+        if (held + step.appended) * WORD > CONTEXT:
+            messages = [system, {"role": "user", "content": words(f"{name}.{number}.summary", SUMMARY // WORD)}]
+            held = (SYSTEM + SUMMARY) // WORD
+        messages += [
+            {"role": "user", "content": words(f"{name}.{number}", step.appended)},
+            {"role": "user", "content": f"Say {step.answer} words"},
+        ]
+        began = time.monotonic()
+        problem = await ask(port, name, messages)
+        session.seconds += (time.monotonic() - began) * SPEED
+        if problem:
+            session.failed.append(problem)
+        messages.append({"role": "assistant", "content": " ".join(["word"] * step.answer)})
+        held += step.appended + step.answer
+        await asyncio.sleep(step.pause / SPEED)
+
+
+async def replay_all(sessions: list[Session], port: int) -> float:
+    """The latest that the event loop was, in seconds of the engines: what the figures may be wrong by."""
+    late = 0.0
+
+    async def watch() -> None:
+        nonlocal late
+        while True:
+            began = time.monotonic()
+            await asyncio.sleep(0.05)
+            late = max(late, (time.monotonic() - began - 0.05) * SPEED)
+
+    watching = asyncio.create_task(watch())
+    await asyncio.gather(*(replay(session, port) for session in sessions))
+    watching.cancel()
+    return late
+
+
+def cpu_seconds(pids: list[int]) -> float:
+    """CPU time of processes."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def children(pid: int) -> list[int]:
+    """A process and its children."""
+    return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+
+
+def wait_for(url: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except OSError:
+            pass
+        if time.monotonic() > deadline:
+            sys.exit(f"bench-placement: {url} did not answer within {seconds:.0f} s")
+        time.sleep(0.1)
+
+
+@contextmanager
+def running(command: list[str], log: Path, **env: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A program, until the end of the block."""
+    with log.open("w") as out, subprocess.Popen(command, env={**os.environ, **env}, stdout=out, stderr=out) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+@contextmanager
+def engines(directory: Path, python: Path) -> Iterator[list[int]]:
+    """The ports of four light engines."""
+    (directory / "config.json").write_text("{}")
+    environment = {
+        "LIGHT_LOAD_SECONDS": "0",
+        "LIGHT_QUESTIONS": str(ROOT / "roles/verify/files/questions.yml"),
+        "LIGHT_TOKEN_SECONDS": str(WORD / DECODE / SPEED),
+        "LIGHT_PREFILL_RATE": str(PREFILL * SPEED / WORD),
+        "LIGHT_CACHE_TOKENS": str(CACHE // WORD),
+        "LIGHT_SLOTS": str(SLOTS),
+    }
+    ports = [free_port() for _ in range(NODES)]
+    with ExitStack() as stack:
+        for port in ports:
+            command = [str(python), str(ROOT / "molecule/shared/light/vllm"), "serve", str(directory)]
+            command += ["--served-model-name", "light", "--host", "127.0.0.1", "--port", str(port)]
+            stack.enter_context(running(command, directory / f"engine-{port}.log", **environment))
+        for port in ports:
+            wait_for(f"http://127.0.0.1:{port}/health")
+        yield ports
+
+
+def router(policy: str, directory: Path, python: Path, ports: list[int], port: int) -> list[str]:
+    """The command line of what places."""
+    if policy == "router":
+        urls = [f"http://127.0.0.1:{engine}" for engine in ports]
+        return [
+            *(str(python.parent / "vllm-router"), "--host", "127.0.0.1", "--port", str(port)),
+            *("--policy", "cache_aware", "--prometheus-port", str(free_port()), "--worker-urls", *urls),
+        ]
+    servers = [{"name": f"node{n}", "address": "127.0.0.1", "port": engine} for n, engine in enumerate(ports)]
+    config = write_files(
+        directory,
+        gateway_auth="none",
+        gateway_bind_address="127.0.0.1",
+        gateway_port=port,
+        gateway_edges=True,
+        gateway_servers=servers,
+        gateway_max_connections=4000,
+    )
+    if policy == "hashing":
+        lines = config.read_text().splitlines(keepends=True)
+        first = next(n for n, line in enumerate(lines) if line.strip() == "balance leastconn")
+        kept = [line for line in lines[first + 1 :] if not line.strip().startswith("stick")]
+        config.write_text("".join(lines[:first]) + HASHING + "".join(kept))
+    return [shutil.which("haproxy") or "/usr/sbin/haproxy", "-f", str(config)]
+
+
+def counted(ports: list[int]) -> tuple[float, float]:
+    """Prompt tokens that the engines have been asked, and those of them that were cached."""
+    asked = hits = 0.0
+    for port in ports:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            for line in answer.read().decode().splitlines():
+                name, _, value = line.partition("{")
+                if name == "vllm:prefix_cache_queries_total":
+                    asked += float(value.rpartition(" ")[2])
+                if name == "vllm:prefix_cache_hits_total":
+                    hits += float(value.rpartition(" ")[2])
+    return asked, hits
+
+
+def measure(policy: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
+    """One run."""
+    sessions = workload(seed, options.sessions, options.minutes)
+    with tempfile.TemporaryDirectory() as name:
+        directory, port = Path(name), free_port()
+        with engines(directory, options.python) as ports:
+            command = router(policy, directory, options.python, ports, port)
+            with running(command, directory / "router.log") as process:
+                wait_for(f"http://127.0.0.1:{port}/health")
+                before, began = cpu_seconds(children(process.pid)), time.monotonic()
+                late = asyncio.run(replay_all(sessions, port))
+                spent, wall = cpu_seconds(children(process.pid)) - before, time.monotonic() - began
+                asked, hits = counted(ports)
+    times = sorted(session.seconds for session in sessions)
+    failed = [problem for session in sessions for problem in session.failed]
+    if failed:
+        print(f"bench-placement: {len(failed)} requests failed, the first: {failed[0]!r}", flush=True)
+    return {
+        "p90": statistics.quantiles(times, n=10)[-1],
+        "mean": statistics.mean(times),
+        "hits": hits / asked,
+        "cpu": spent,
+        "requests": sum(len(session.steps) for session in sessions),
+        "failed": len(failed),
+        "late": late,
+        "wall": wall,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--sessions", type=int, default=600)
+    parser.add_argument("--minutes", type=float, default=60, help="within which they begin")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--python", type=Path, required=True, help="of an environment with tests/bench_placement.txt")
+    options = parser.parse_args()
+    for seed in options.seeds:
+        for policy in options.policies:
+            row = measure(policy, seed, options)
+            print(seed, policy, {name: round(value, 3) for name, value in row.items()}, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
