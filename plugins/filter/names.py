@@ -14,6 +14,7 @@ import yaml
 from ansible_collections.glm.fleet.plugins.plugin_utils.edges import edge_of
 
 DEFAULT_SSH_PORT = 22
+PEERS_PORT = 8003  # glm_peers_port where nobody sets it
 
 
 def unknown_variables(names: Iterable[str], known: Iterable[str], prefix: str = "glm_") -> list[str]:
@@ -94,8 +95,8 @@ def duplicate_addresses(hosts: Iterable[str], hostvars: Mapping[str, Mapping[str
     ]
 
 
-def gateways_by_name(gateways: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One line for each of several gateways whose address is no IP address, by which the others know it."""
+def gateway_problems(gateways: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line for each mistake that keeps several gateways from telling each other where sessions are."""
 
     def is_ip(address: str) -> bool:
         try:
@@ -104,12 +105,17 @@ def gateways_by_name(gateways: Sequence[str], hostvars: Mapping[str, Mapping[str
             return False
         return True
 
-    addresses = {name: str(edge_of(name, hostvars[name])["address"]) for name in gateways} if len(gateways) > 1 else {}
+    edges = [edge_of(name, hostvars[name]) for name in gateways] if len(gateways) > 1 else []
     return [
-        f"inventory: the other gateways know {name} by its address, and {address} is a name: set glm_node_address for "
-        "it, to the IP address from which they see it"
-        for name, address in addresses.items()
-        if not is_ip(address)
+        f"inventory: the other gateways know {edge['name']} by its address, and {edge['address']} is a name: set "
+        "glm_node_address for it, to the IP address from which they see it"
+        for edge in edges
+        if not is_ip(str(edge["address"]))
+    ] + [
+        f"glm_port: {edge['name']} needs port {edge['port']} for the other gateways: set glm_port or glm_peers_port to "
+        "another port"
+        for edge in edges
+        if edge["port"] == int(hostvars[edge["name"]].get("glm_peers_port") or PEERS_PORT)
     ]
 
 
@@ -148,7 +154,7 @@ class FilterModule:
             "role_variables": role_variables,
             "variables_of_roles": variables_of_roles,
             "duplicate_addresses": duplicate_addresses,
-            "gateways_by_name": gateways_by_name,
+            "gateway_problems": gateway_problems,
             "differing_settings": differing_settings,
             "results_problems": results_problems,
         }

@@ -586,9 +586,10 @@ def test_what_an_engine_has_taken_is_sent_to_no_other(start: Callable[..., Edge]
 # --- limits ---
 
 
-def in_background(edge: Edge, path: str, answers: list[int]) -> threading.Thread:
+def in_background(edge: Edge, path: str, answers: list[int], session: str = "") -> threading.Thread:
     def ask() -> None:
-        answers.append(edge.ask(path, {"x-api-key": KEY}, b"{}")[0])
+        headers = {"x-api-key": KEY} | ({"x-session-id": session} if session else {})
+        answers.append(edge.ask(path, headers, b"{}")[0])
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()

@@ -137,6 +137,23 @@ def test_a_drain_moves_its_own_sessions_alone_and_cuts_nothing(start: Callable[.
     assert "node1" in homes(edge, ["another", "and another", "and one more"]).values()
 
 
+def test_a_request_that_waits_for_a_node_moves_when_it_is_drained(start: Callable[..., Edge]) -> None:
+    edge = start(engines=2, gateway_max_requests=1)
+    home = ask(edge, "one")
+    engine = edge.engines[int(home[-1])]
+    answers: list[int] = []
+    held = in_background(edge, "/v1/held", answers, "one")
+    wait_until(lambda: len(engine.asked()) == 2, "the engine to be asked")
+    waiting = in_background(edge, "/v1/models", answers, "one")
+    wait_until(lambda: f"engines,{home},1," in edge.admin("show stat"), "the second request to wait")
+    HAProxy(str(edge.directory / "haproxy/admin.sock")).rotate(home, "out")
+    waiting.join(10)
+    assert answers == [200] and len(engine.asked()) == 2
+    engine.held.set()
+    held.join(10)
+    assert answers == [200, 200]
+
+
 def test_sessions_of_a_node_that_is_gone_move(start: Callable[..., Edge]) -> None:
     edge = start(engines=3)
     before = homes(edge)
