@@ -114,6 +114,15 @@ faults: venv engine ## Inject every fault of the list under load, and write docs
 bench-fleet: venv engine ## What 4, 16 and 48 light nodes cost: wall time, CPU, memory, round trips
 	@tests/bench_fleet.py $(NODES)
 
+.cache/bench-placement/.done: tests/bench_placement.txt
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/pip install --quiet -r $<
+	@touch $@
+
+.PHONY: bench-placement
+bench-placement: venv .cache/bench-placement/.done ## Replay coding sessions through a gateway, and write docs/placement.md
+	@tests/bench_placement.py --python $(CURDIR)/.cache/bench-placement/bin/python
+
 .PHONY: figures
 figures: venv engine ## Measure the demo, and write what was measured here into README.md and docs/testing.md
 	@tools/figures.py

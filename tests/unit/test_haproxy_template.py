@@ -55,7 +55,7 @@ DEFAULTS: dict[str, Any] = {
     "gateway_server_timeout": "1h",
     "gateway_servers": [{"name": "node1", "address": "127.0.0.1", "port": 8001}],
     "gateway_edges": False,
-    "gateway_session_timeout": "1h",
+    "gateway_session_timeout": "10m",
     "gateway_name": "gw-1",
     "gateway_peers": [],
     "gateway_peers_port": 8003,

@@ -113,6 +113,12 @@ def test_a_request_without_a_session_leaves_nothing_behind(start: Callable[..., 
     assert table(edge) == {}
 
 
+def test_a_session_that_was_silent_for_long_is_new(start: Callable[..., Edge]) -> None:
+    edge = start(engines=2, gateway_session_timeout="1s")
+    ask(edge, "one")
+    wait_until(lambda: table(edge) == {}, "the session to be forgotten")
+
+
 def test_no_id_of_a_session_is_in_the_table(start: Callable[..., Edge]) -> None:
     """They may be long, and are not the other gateways' concern."""
     edge = start(engines=1)
@@ -235,11 +241,12 @@ def test_only_other_gateways_pass_the_door(pair: tuple[Edge, Edge]) -> None:
     port = pair[0].changes["gateway_peers_port"]
 
     def said(source: str) -> bytes:
-        with socket.create_connection(("127.0.0.1", port), timeout=5, source_address=(source, 0)) as connection:
+        with contextlib.suppress(ConnectionError), socket.socket() as connection:
+            connection.settimeout(5)
+            connection.bind((source, 0))
+            connection.connect(("127.0.0.1", port))
             connection.sendall(b"HAProxyS 2.1\ngw-1\ngw-2 1 0\n")
-            try:
-                return connection.recv(3)
-            except ConnectionResetError:
-                return b""
+            return connection.recv(3)
+        return b""
 
     assert (said("127.0.0.3"), said("127.0.0.2")) == (b"", b"200")
