@@ -42,7 +42,7 @@ RESULTS = ROOT / "results/bench-placement/bench.json"
 NODES = 4
 BUDGET = 0.7
 SPEED = 40
-WORD = 128  # tokens
+WORD = 64  # tokens
 MINUTES = 50  # within which the sessions begin
 
 # A node: what is published of vLLM on 8x B200 (docs/report.md), and what its profiles say.
@@ -109,12 +109,15 @@ A node reads 28,000 tokens of prompts a second, one prompt after another (the pu
 prompts of 8,192 tokens in 9.3 s), gives each request 41 tokens a second (24.4 ms a token there), has room for 1.2
 million tokens in its prefix cache (60 GiB at 54 kB; the oldest go first), and works on 64 requests at a time. A
 prompt's tokens that are cached cost nothing. That decoding slows down as requests are added is left out, and so are
-caches in the node's memory (`--kv-offloading-size`): with them the caches are full later. Prompts are text of a 60th
+caches in the node's memory (`--kv-offloading-size`): with them the caches are full later. Prompts are text of a 30th
 of their length, so a router that reads them takes more CPU time than here; HAProxy does not look into them.
 
-Two loads are replayed: one that the caches bear with ease, and one at which they are just full, where a node that gets
-too much reads prompts again that another would have had. It was chosen in a simulation of the same sessions with other
-seeds, as were the ten minutes. Beyond that load all nodes read most prompts again, wherever a session is placed.
+Two loads are replayed: one that the caches bear with ease, where nothing depends on placement, and one at which they
+are just full, where a node that gets too much reads prompts again that another would have had. That load and the ten
+minutes were chosen in a simulation of the same with other seeds, which is not kept here. There the p90 was 0.65 to
+0.7 of hashing's over ten seeds at 800 to 900 sessions, and from 0.3 to 1.4 for single seeds; 0.6 with a rule that
+knew each session's tokens and moved sessions by them. Below that load it was 0.99, and 0.87 at 1,000 sessions, where
+all nodes read most prompts again.
 
 What these engines leave out, a B200 would add: read the columns beside each other, not as a promise of seconds.
 
@@ -204,9 +207,10 @@ async def replay(session: Session, port: int) -> None:
         if (held + step.appended) * WORD > CONTEXT:
             messages = [system, {"role": "user", "content": words(f"{name}.{number}.summary", SUMMARY // WORD)}]
             held = (SYSTEM + SUMMARY) // WORD
+        question = f"Say {step.answer} words"
         messages += [
-            {"role": "user", "content": words(f"{name}.{number}", step.appended)},
-            {"role": "user", "content": f"Say {step.answer} words"},
+            {"role": "user", "content": words(f"{name}.{number}", step.appended - len(question.split()))},
+            {"role": "user", "content": question},
         ]
         began = time.monotonic()
         problem = await ask(port, name, messages)
@@ -369,15 +373,21 @@ def measure(policy: str, sessions: int, seed: int, python: Path) -> dict[str, An
 
 
 def spread(values: list[float], digits: int = 0) -> str:
-    """Mean and standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0
-    return f"{statistics.mean(values):,.{digits}f} ± {deviation:,.{digits}f}"
+    """Mean, and standard deviation where there are several."""
+    deviation = f" ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):,.{digits}f}{deviation}"
 
 
 def ratios(rows: list[dict[str, Any]], policy: str) -> list[float]:
     """By seed, the 90th percentile of a policy beside that of hashing."""
     of = {(row["policy"], row["seed"]): row["p90"] for row in rows}
     return [p90 / of["hashing", seed] for (name, seed), p90 in of.items() if name == policy]
+
+
+def verdict(rows: list[dict[str, Any]]) -> float:
+    """What the budget is for."""
+    most = max(row["sessions"] for row in rows)
+    return statistics.mean(ratios([row for row in rows if row["sessions"] == most], "sticky"))
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -405,20 +415,22 @@ def version(command: list[str]) -> str:
 
 
 def page(rows: list[dict[str, Any]], python: Path) -> str:
-    """docs/placement.md."""
+    """The text of docs/placement.md."""
     loads = sorted({row["sessions"] for row in rows})
-    seeds = sorted({row["seed"] for row in rows})
     model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     metadata = "import importlib.metadata as m; print('vllm-router', m.version('vllm-router'))"
     lines = [WORDS.strip(), ""]
     for load in loads:
         of_load = [row for row in rows if row["sessions"] == load]
         requests = spread([row["requests"] for row in of_load if row["policy"] == "hashing"])
-        lines += [f"**{load} sessions within {MINUTES} minutes**, {requests} requests:", "", *table(of_load), ""]
+        seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in of_load}))
+        lines += [f"**{load} sessions within {MINUTES} minutes**, {requests} requests, seeds {seeds}:", ""]
+        lines += [*table(of_load), ""]
     failed = sum(len(row["failed"]) for row in rows)
     lines += [
-        f"Mean ± standard deviation of the seeds {', '.join(map(str, seeds))}; {failed} requests failed. Made by "
-        "`make bench-placement` with",
+        f"Wanted is a p90 of at most {BUDGET} of hashing's at the larger load; it is {verdict(rows):.2f}.",
+        "",
+        f"Mean ± standard deviation over the seeds; {failed} requests failed. Made by `make bench-placement` with",
         f"{version([haproxy(), '-v'])} and {version([str(python), '-c', metadata])}, on {os.cpu_count()} cores of "
         f"{model.partition(': ')[2]}, all on",
         f"loopback, {SPEED} times as fast as real time. The load generator was late by at most "
@@ -447,7 +459,7 @@ def main() -> int:
     if set(options.policies) != set(POLICIES):
         return 0
     PAGE.write_text(page(rows, options.python))
-    full = statistics.mean(ratios([row for row in rows if row["sessions"] == max(options.sessions)], "sticky"))
+    full = verdict(rows)
     print(f"bench-placement: p90 is {full:.2f} of hashing's (wanted at most {BUDGET}): see {PAGE.relative_to(ROOT)}")
     return int(full > BUDGET)
 
