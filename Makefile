@@ -123,6 +123,10 @@ bench-fleet: venv engine ## What 4, 16 and 48 light nodes cost: wall time, CPU, 
 bench-placement: venv .cache/bench-placement/.done ## Replay coding sessions through a gateway, and write docs/placement.md
 	@tests/bench_placement.py --python $(CURDIR)/.cache/bench-placement/bin/python
 
+.PHONY: bench-edge
+bench-edge: venv programs ## What the edge adds to requests and tokens, and 2,000 streams at once
+	@tests/bench_edge.py --write
+
 .PHONY: figures
 figures: venv engine ## Measure the demo, and write what was measured here into README.md and docs/testing.md
 	@tools/figures.py

@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +338,21 @@ def rotate_key(
     """Put another key in the place of one, and print it. Limits stay, but for those that are given."""
     wanted = chosen(requests_per_minute=requests_per_minute, concurrent=concurrent, expires=expires)
     play_keys("rotate", name, {"glm_key_limits": wanted, "glm_key_grace_hours": grace}, **common)
+
+
+@main.command(
+    epilog="\b\nExamples:\n  glm-fleet usage -i inventory/lambda\n  glm-fleet usage -i inventory/lambda --days 7 --json"
+)
+@click.argument("nodes", nargs=-1, shell_complete=nodes_completion)
+@click.option("--days", type=click.IntRange(1, 400), default=1, metavar="N", help="Days, today among them, by UTC.")
+@click.option(
+    "--by", type=click.Choice(["key", "node", "day"]), multiple=True, help="One row for each.  [default: key]"
+)
+@running
+def usage(nodes: tuple[str, ...], days: int, by: tuple[str, ...], **common: Any) -> None:
+    """Show what each API key has used: requests, and tokens of prompts and answers (playbooks/usage.yml)."""
+    after = partial(tables.usage, by=by or ("key",))
+    play("usage", "playbooks/usage.yml", nodes, {"glm_usage_days": days}, after=after, **common)
 
 
 @main.command(epilog="\b\nExamples:\n  glm-fleet report -i inventory/lambda\n  glm-fleet report --list")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,35 @@ def key_of(shown: Shown) -> str:
         return ""
     lines = (line.split() for line in Path(found["path"]).read_text().splitlines())
     return next((words[0] for words in lines if words[1:2] == [found["new"]]), "")
+
+
+def usage_of(shown: Shown) -> list[dict[str, Any]]:
+    """A row for each node, day and key."""
+    return [
+        {"node": node, **row}
+        for node, facts in shown.state.facts.items()
+        for row in facts.get("usage", {}).get("rows", [])
+    ]
+
+
+def usage(shown: Shown, console: Screen, *, by: tuple[str, ...]) -> None:
+    """Summed up for each key, node or day; `by` is which of them make a row."""
+    names = ("requests", "refused", "failed", "broken_off", "unmeasured", "input", "cached", "output")
+    sums: dict[tuple[str, ...], Counter[str]] = {}
+    for row in usage_of(shown):
+        sums.setdefault(tuple(row[part] for part in by), Counter()).update({name: row[name] for name in names})
+    if sums:
+        table = grid(*(part.upper() for part in by), *(name.upper().replace("_", " ") for name in names))
+        for column in table.columns[len(by) :]:
+            column.justify = "right"
+        for parts, row in sorted(sums.items()):
+            table.add_row(*parts, *(f"{row[name]:,}" for name in names))
+        console.print(table)
+    elif any("usage" in facts for facts in shown.state.facts.values()):
+        console.print("No request in this time.")
+    for node, facts in shown.state.facts.items():
+        if lost := facts.get("usage", {}).get("lost_lines"):
+            console.print(f"{node}: HAProxy could not log {lost} requests: they are not counted", style="yellow")
 
 
 def runs(found: list[journal.Run], as_json: bool) -> None:

@@ -35,7 +35,9 @@ def connect(url: str, tls: bool | None = None) -> socket.socket:
 
 def is_open(connection: socket.socket) -> bool:
     try:
-        if not select.select([connection], [], [], 0)[0]:
+        poll = select.poll()  # select() knows 1,024 connections
+        poll.register(connection, select.POLLIN)
+        if not poll.poll(0):
             return True
         connection.settimeout(1)
         return connection.recv(65536) != b""

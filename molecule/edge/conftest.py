@@ -143,9 +143,9 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    path = RESULTS / "attacks.md"
-    if path.exists():
-        terminalreporter.write_line("\n" + path.read_text())
+    for name in ("attacks.md", "accounts.md"):
+        if (RESULTS / name).exists():
+            terminalreporter.write_line("\n" + (RESULTS / name).read_text())
 
 
 def table(rows: list[tuple[str, str, str]]) -> None:

@@ -26,7 +26,13 @@ from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure_
 from ansible_collections.glm.fleet.plugins.plugin_utils.journal import write
 
 # What a command is run for, by the public fact that holds it.
-FACTS = {"verify_result": "verify", "benchmark_result": "benchmark", "gateway_keys": "keys", "gateway_edge": "edge"}
+FACTS = {
+    "verify_result": "verify",
+    "benchmark_result": "benchmark",
+    "gateway_keys": "keys",
+    "gateway_edge": "edge",
+    "gateway_usage": "usage",
+}
 
 
 def marked(task: Any, ending: str) -> str:

@@ -69,7 +69,7 @@ class Context:
     def weights_path(self) -> str:
         """Where the weights go, if that is known yet."""
         path: str = self.wanted["model_directory"]
-        return path if path in self.node["disks"] else self.wanted["data_directory"]
+        return path if {path} & {*self.node["disks"], *self.node["storage"]} else self.wanted["data_directory"]
 
     @property
     def model(self) -> Mapping[str, Any]:
@@ -226,7 +226,8 @@ def disk_space(c: Context) -> Iterator[Finding]:
 def inodes(c: Context) -> Iterator[Finding]:
     minimum, seen = c.wanted["min_free_inodes"], set()
     for path, disk in c.node["disks"].items():
-        if disk["total_inodes"] and disk["free_inodes"] < minimum and disk["mount"] not in seen:
+        few = disk["total_inodes"] and disk["free_inodes"] < minimum
+        if few and disk["mount"] not in seen and path != c.wanted["weights_source"]:
             seen.add(disk["mount"])
             yield Finding(
                 "inodes",
@@ -244,6 +245,55 @@ def shared_state(c: Context) -> Iterator[Finding]:
             f"the state and the caches of nodes would be one (found {disk['type']} at {disk['mount']} for "
             f"{c.wanted['data_directory']}, wanted a file system of the node's own)",
             "set glm_data_dir to a local path, and glm_weights_dir to the shared one for the weights alone",
+        )
+
+
+def other_path(c: Context, path: str) -> str:
+    settings = {
+        c.wanted["docker_directory"]: "data-root in /etc/docker/daemon.json",
+        c.wanted["weights_source"]: "glm_weights_source",
+        c.weights_path: "glm_weights_dir",
+        c.wanted["data_directory"]: "glm_data_dir",
+    }
+    return f"set {settings[path]} to another path"
+
+
+@refusal
+def storage(c: Context) -> Iterator[Finding]:
+    dead = c.node["storage"]
+    for path, problem in dead.items():
+        if not any(str(parent) in dead for parent in PurePosixPath(path).parents):
+            yield Finding(
+                "storage",
+                f"the file system of {path} cannot be read (found {problem}, wanted an answer)",
+                "mount it anew (`umount --force --lazy` first), so that root may read it, or " + other_path(c, path),
+            )
+
+
+@refusal
+def storage_to_write(c: Context) -> Iterator[Finding]:
+    seen = set()
+    for path in (c.wanted["data_directory"], *(() if c.weights_present else (c.weights_path,))):
+        disk = c.node["disks"].get(path)
+        if disk and not disk["writable"] and disk["mount"] not in seen:
+            seen.add(disk["mount"])
+            yield Finding(
+                "storage",
+                f"root may not write to {path} (found {disk['type']} at {disk['mount']}, wanted one that lets it)",
+                "mount it for writing, with no_root_squash on the server where it is NFS, or " + other_path(c, path),
+            )
+
+
+@refusal
+def weights_locks(c: Context) -> Iterator[Finding]:
+    disk = c.node["disks"].get(c.weights_path, {})
+    if disk.get("local_locks") and not c.weights_present:
+        yield Finding(
+            "weights_locks",
+            f"two nodes would fetch the weights at once, since locks at {disk['mount']} hold for one node alone (found "
+            f"{disk['local_locks']}, wanted locks that all nodes share)",
+            "mount it with them (NFS without nolock and local_lock), or set glm_weights_dir to a local path and "
+            "glm_weights_source to this one",
         )
 
 
@@ -335,12 +385,14 @@ def overlapping_network(c: Context) -> Iterator[Finding]:
     ways = [("the controller", seen["controller"])]
     ways += [("a name server", server) for server in seen["name_servers"]]
     ways += [("the default gateway", gateway) for gateway in seen["gateways"]]
-    cut = [(name, address) for name, address in ways if network and is_in(address, network)]
+    ways += [("a gateway of the fleet", address) for found in seen["peers"].values() for address in found]
+    cut = [way for way in ways if network and is_in(way[1], network)]
     if cut:
+        names, addresses = (listed(dict.fromkeys(words)) for words in zip(*cut))
         yield Finding(
             "docker_network",
-            f"Docker's own network would cut the way to {listed(dict.fromkeys(address for _name, address in cut))} "
-            f"(found {listed(name for name, _address in cut)} in {network}, wanted nothing of the site there)",
+            f"Docker's own network would cut the way to {addresses} (found {names} in {network}, wanted nothing of the "
+            "site there)",
             fix,
         )
 

@@ -12,7 +12,8 @@ description:
 options:
   paths:
     description: >-
-      Paths whose file system's space and inodes to report, beside that of Docker's images. A path need not exist yet.
+      Paths whose file system's space, inodes and locks to report, beside that of Docker's images. A path need not
+      exist yet. Where its file system does not answer, C(storage) has it, and nothing else is read there.
     type: list
     elements: str
     default: []
@@ -56,6 +57,11 @@ options:
     description: Certificates of a private authority, as PEM, to be trusted beside the system's.
     type: str
     default: ""
+  peers:
+    description: Hosts whose IPv4 addresses to report, as the node resolves them.
+    type: list
+    elements: str
+    default: []
   packages:
     description: Debian packages whose installed version to report.
     type: list
@@ -150,6 +156,7 @@ import ssl
 import stat
 import struct
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.parse
@@ -165,7 +172,12 @@ from ansible_collections.glm.fleet.plugins.module_utils.authority import context
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node import cdi
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.docker import docker_get, docker_runs, image_root
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_text
-from ansible_collections.glm.fleet.plugins.module_utils.glm_node.mounts import is_shared, mount_of
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.mounts import (
+    is_shared,
+    local_locks,
+    mount_of,
+    mounts,
+)
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.processes import open_files, parse_container_id
 
 LISTEN = "0A"
@@ -173,6 +185,28 @@ CLOUD_INIT = "/run/cloud-init"
 NAME_SERVERS = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")  # the second behind systemd's own
 SNAP_UNIT = "snap.docker.dockerd.service"
 CAP_SYS_RESOURCE = 24
+STORAGE_SECONDS = 20
+# Says of each path what speaks against it. A call to a server that is gone may never return, nor the process end:
+# so this is a process of its own, which is left behind then.
+STORAGE_PROBE = r"""
+import json, os, sys, threading
+
+def look(path):
+    place, problem = path, None
+    while problem is None:
+        try:
+            os.stat(place)
+            os.statvfs(place)
+            problem = ""
+        except (FileNotFoundError, NotADirectoryError):
+            place = os.path.dirname(place)
+        except OSError as error:
+            problem = error.strerror
+    os.write(1, (json.dumps([path, problem]) + "\n").encode())
+
+for path in sys.argv[1:]:
+    threading.Thread(target=look, args=(path,)).start()
+"""
 UNSYNCHRONIZED_MICROSECONDS = 16_000_000  # the kernel's maximum error where nothing disciplines the clock
 UNIT_PROPERTIES = {
     "load": "LoadState",
@@ -202,6 +236,7 @@ class Network(TypedDict):
     controller: str | None  # as the node sees it; None where the way is not SSH
     name_servers: list[str]
     gateways: list[str]
+    peers: dict[str, list[str]]
 
 
 class Disk(TypedDict):
@@ -212,6 +247,8 @@ class Disk(TypedDict):
     mount: str
     type: str  # as /proc/self/mountinfo has it
     shared: bool  # whether other machines may have the same
+    local_locks: str  # by what its locks do not hold for those; empty where they do
+    writable: bool
 
 
 class Port(TypedDict):
@@ -350,6 +387,32 @@ def clock(begun: float) -> Clock:
     return {"synchronized": synchronized, "begun": begun, "ended": time.time()}
 
 
+def dead_storage(places: list[str], seconds: float = STORAGE_SECONDS) -> dict[str, str]:
+    """What speaks against those of the places that cannot even be looked at."""
+    if not places:
+        return {}
+    probe = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", STORAGE_PROBE, *places],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        said = probe.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired as late:
+        said = late.stdout or b""
+        probe.kill()
+    problems = {**dict.fromkeys(places, f"no answer within {seconds:g} s"), **dict(map(json.loads, said.splitlines()))}
+    return {place: problem for place, problem in problems.items() if problem}
+
+
+def comes_to(pattern: str, place: str) -> bool:
+    """Whether looking for the paths of a pattern may look into a place."""
+    fixed, below = re.split(r"[*?[]", pattern, maxsplit=1)[0], f"{place.rstrip('/')}/"
+    return below.startswith(fixed) or f"{fixed}/".startswith(below)
+
+
 def disk(path: str) -> Disk:
     existing = Path(path)
     while not existing.exists() and existing != existing.parent:
@@ -358,15 +421,17 @@ def disk(path: str) -> Disk:
     mount = existing.resolve()
     while not os.path.ismount(mount):
         mount = mount.parent
-    kind = mount_of(str(existing))[1]
+    system = mount_of(str(existing))
     return {
         "free_bytes": stat.f_bavail * stat.f_frsize,
         "total_bytes": stat.f_blocks * stat.f_frsize,
         "free_inodes": stat.f_favail,
         "total_inodes": stat.f_files,
         "mount": str(mount),
-        "type": kind,
-        "shared": is_shared(kind),
+        "type": system.kind,
+        "shared": is_shared(system.kind),
+        "local_locks": local_locks(system),
+        "writable": os.access(existing, os.W_OK | os.X_OK),
     }
 
 
@@ -469,12 +534,21 @@ def controller_address(proc: str = "/proc", pid: int | None = None) -> str | Non
     return None
 
 
-def network() -> Network:
+def resolve(host: str) -> list[str]:
+    try:
+        found = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
+    except OSError:
+        return []
+    return sorted({str(address[0]) for *_, address in found})
+
+
+def network(peers: list[str]) -> Network:
     servers = [server for path in NAME_SERVERS for server in parse_name_servers(read_text(path))]
     return {
         "controller": controller_address(),
         "name_servers": list(dict.fromkeys(servers)),
         "gateways": list(dict.fromkeys(parse_gateways(read_text("/proc/net/route")))),
+        "peers": {host: resolve(host) for host in peers},
     }
 
 
@@ -749,6 +823,9 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
     first_boot = cloud_init(params["cloud_init_timeout"])
     begun = time.time()
     toolkit = "nvidia-container-toolkit"
+    shared = [mount.point for mount in mounts() if is_shared(mount.kind)]
+    shared = [point for point in shared if any(comes_to(pattern, point) for pattern in params["managed"])]
+    dead = dead_storage(list(dict.fromkeys([*params["paths"], *params["models"], params["state_file"], *shared])))
     with ThreadPoolExecutor(max_workers=8) as pool:
         packages_job = pool.submit(packages, [*params["packages"], toolkit])
         info_job = pool.submit(lambda: docker_get("/info") if docker_runs() else None)
@@ -768,6 +845,7 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
         probes = {name: pool.submit(probe_of, name, url) for name, url in params["urls"].items() if needed(name)}
         units_job = pool.submit(units, [*params["units"], SNAP_UNIT])
         reboot_job = pool.submit(automatic_reboot)
+        network_job = pool.submit(network, params["peers"])
         info = info_job.result()
         container_names = containers() if info else {}
         versions, all_units = packages_job.result(), units_job.result()
@@ -779,20 +857,27 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
             "memory_bytes": parse_memory(read_text("/proc/meminfo")),
             "shm_bytes": shm_bytes(),
             "nofile_limit": open_files_limit(),
-            "disks": {path: disk(path) for path in [*params["paths"], image_root(info) if info else ""] if path},
+            "disks": {
+                path: disk(path)
+                for path in [*params["paths"], image_root(info) if info else ""]
+                if path and path not in dead
+            },
+            "storage": {path: dead[path] for path in params["paths"] if path in dead},
             "ports": ports(params["ports"], container_names),
-            "network": network(),
+            "network": network_job.result(),
             "apt": apt(),
             "packages": {name: versions[name] for name in params["packages"]},
             "docker": docker(info, container_names, all_units[SNAP_UNIT]["load"] == "loaded"),
             "images": {reference: image(reference, info is not None) for reference in params["images"]},
             "cdi": {"devices": cdi.devices(), "spec_files": [str(path) for path in cdi.files()]},
             "release": release(params["release_directory"]),
-            "state": read_json(params["state_file"]),
-            "models": {directory: model(directory) for directory in params["models"]},
+            "state": None if params["state_file"] in dead else read_json(params["state_file"]),
+            "models": {directory: model(directory) for directory in params["models"] if directory not in dead},
             "units": {name: all_units[name] for name in params["units"]},
             "files": {path: sha256(path) for path in params["files"]},
-            "managed": managed(params["managed"]),
+            "managed": managed(
+                [path for path in params["managed"] if not any(comes_to(path, place) for place in dead)]
+            ),
             "environment_proxy": os.environ.get("https_proxy") or os.environ.get("http_proxy"),
             "automatic_reboot": reboot_job.result(),
             "container_toolkit": container_toolkit(versions[toolkit]),
@@ -815,6 +900,7 @@ def main() -> None:
             "proxy": {"type": "str", "default": ""},
             "no_proxy": strings,
             "ca": {"type": "str", "default": ""},
+            "peers": strings,
             "packages": strings,
             "images": strings,
             "models": strings,

@@ -616,6 +616,31 @@ def test_an_edge_with_other_keys_is_named(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == "node-1: lacks carol; has besides alice; other limits of bob\n"
 
 
+def test_a_node_without_accounts_is_said_in_one_line(keys_file: Path, tmp_path: Path) -> None:
+    run = glm_fleet("usage", "-i", str(keys_file.parents[1]), "--runs", str(tmp_path / "runs"), "node-1")
+    assert run.returncode == Exit.REFUSED, run.stdout + run.stderr
+    assert "glm-fleet: node-1: no accounts are kept here: set glm_accounts to true, and run site.yml" in run.stderr
+
+
+def test_usage_is_summed_up_for_what_was_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"refused": 0, "failed": 1, "broken_off": 0, "unmeasured": 0, "input": 1200, "cached": 800, "output": 30}
+    rows = [
+        {"day": day, "key": key, "requests": 2, **row}
+        for day in ("2027-01-15", "2027-01-16") for key in ("alice", "bob")
+    ]  # fmt: skip
+    state = State("usage", ("node-1", "node-2"))
+    state.facts = {node: {"usage": {"rows": rows, "lost_lines": 0}} for node in ("node-1", "node-2")}
+    state.facts["node-2"]["usage"]["lost_lines"] = 3
+    tables.usage(tables.Shown(state, None), Screen(), by=("key",))
+    first, alice, bob, lost = capsys.readouterr().out.splitlines()
+    assert first.split()[:2] == ["KEY", "REQUESTS"]
+    assert alice.split() == ["alice", "8", "0", "4", "0", "0", "4,800", "3,200", "120"]
+    assert bob.split()[1:] == alice.split()[1:]
+    assert lost == "node-2: HAProxy could not log 3 requests: they are not counted"
+    tables.usage(tables.Shown(state, None), Screen(), by=("node", "day"))
+    assert len(capsys.readouterr().out.splitlines()) == 6
+
+
 def test_what_a_killed_run_left_goes_with_the_next(tmp_path: Path) -> None:
     killed = journal.create(tmp_path, "up")
     writer = journal.Writer(killed)

@@ -6,10 +6,11 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from ansible_collections.glm.fleet.plugins.action import node_info as action
@@ -243,6 +244,61 @@ def test_disk_of_a_path_that_is_not_there_yet(tmp_path: Path) -> None:
     disk = node_info.disk(str(tmp_path / "a" / "b"))
     assert disk["total_bytes"] > 0
     assert str(tmp_path).startswith(disk["mount"])
+    assert disk["writable"] is True
+
+
+def test_storage_that_does_not_answer_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call to it never returns, as with NFS whose server is gone, or ends in an error, as with a stale handle."""
+    dead = """
+import errno, os, time
+real = os.stat
+def stat(path):
+    if "hung" in path: time.sleep(60)
+    if "stale" in path: raise OSError(errno.ESTALE, "Stale file handle")
+    return real(path)
+os.stat = stat
+"""
+    monkeypatch.setattr(node_info, "STORAGE_PROBE", dead + node_info.STORAGE_PROBE)
+    (tmp_path / "good").touch()
+    places = [str(tmp_path / name) for name in ("hung", "stale", "good/absent", "none/at/all")]
+    began = time.monotonic()
+    assert node_info.dead_storage(places, 2) == {places[0]: "no answer within 2 s", places[1]: "Stale file handle"}
+    assert time.monotonic() - began < 20
+    assert node_info.dead_storage(places[2:], 20) == {}
+    assert node_info.dead_storage([]) == {}
+
+
+def test_nothing_is_read_of_dead_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead, state = str(tmp_path / "dead"), str(tmp_path / "dead/state.json")
+    (tmp_path / "dead").mkdir()
+    monkeypatch.setattr(node_info, "dead_storage", lambda places: dict.fromkeys(set(places) & {dead, state}, "hung"))
+    patterns = [f"{tmp_path}/*", f"{dead}/x", "/etc/glm/*"]
+    seen = node_info.collect(options(paths=[dead, "/"], models=[dead], state_file=state, managed=patterns))
+    assert seen["storage"] == {dead: "hung"}
+    assert (dead in seen["disks"], "/" in seen["disks"]) == (False, True)
+    assert (seen["models"], seen["state"]) == ({}, None)
+    assert seen["managed"]["patterns"] == ["/etc/glm/*"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "comes"),
+    [
+        ("/var/lib/glm/*/", True),
+        ("/var/lib/glm/models", True),
+        ("/var/lib/glm/models/zai--x/*", True),
+        ("/var/lib/glm/modelsx", False),
+        ("/etc/glm/*", False),
+    ],
+)
+def test_patterns_that_come_to_a_place(pattern: str, comes: bool) -> None:
+    assert node_info.comes_to(pattern, "/var/lib/glm/models") is comes
+    assert node_info.comes_to(pattern, "/")
+
+
+def test_names_are_resolved() -> None:
+    assert node_info.resolve("192.0.2.7") == ["192.0.2.7"]
+    assert node_info.resolve("localhost") == ["127.0.0.1"]
+    assert node_info.resolve("no-such-host.invalid") == []
 
 
 def test_model(tmp_path: Path) -> None:
@@ -357,31 +413,38 @@ def test_docker_of_a_snap_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert node_info.docker(None, {}, snap=True)["snap"] is False, "Docker's own is there beside"
 
 
+def options(**given: Any) -> dict[str, Any]:
+    lists = ("paths", "ports", "docker_urls", "followed_urls", "no_proxy", "peers", "packages", "images")
+    nothing = "/no/such/path"
+    return {
+        **{name: [] for name in (*lists, "models", "units", "files", "managed")},
+        "urls": {},
+        "url_timeout": 1,
+        "unneeded_urls": {},
+        "proxy": "",
+        "ca": "",
+        "cloud_init_timeout": 0,
+        "release_directory": nothing,
+        "state_file": nothing,
+        **given,
+    }
+
+
 def test_nothing_there_is_no_error(tmp_path: Path) -> None:
     nothing = str(tmp_path / "nothing")
     seen = node_info.collect(
-        {
-            "paths": [nothing],
-            "ports": [1],
-            "urls": {},
-            "url_timeout": 1,
-            "docker_urls": [],
-            "followed_urls": [],
-            "unneeded_urls": {},
-            "proxy": "",
-            "no_proxy": [],
-            "ca": "",
-            "packages": ["no-such-package"],
-            "images": ["no/such:image"],
-            "models": [nothing],
-            "units": ["no-such.service"],
-            "files": [nothing],
-            "managed": [nothing],
-            "release_directory": nothing,
-            "state_file": nothing,
-            "cloud_init_timeout": 0,
-        }
+        options(
+            paths=[nothing],
+            ports=[1],
+            packages=["no-such-package"],
+            images=["no/such:image"],
+            models=[nothing],
+            units=["no-such.service"],
+            files=[nothing],
+            managed=[nothing],
+        )
     )
+    assert seen["storage"] == {}
     assert set(seen["units"]) == {"no-such.service"}
     assert isinstance(seen["apt"]["sources"], list)
     assert seen["state"] is None

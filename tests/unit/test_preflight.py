@@ -51,14 +51,16 @@ def free_port() -> Dict:
 
 @pytest.fixture
 def node() -> Dict:
-    disk = {"free_bytes": 20000 * GIB, "total_bytes": 22000 * GIB, "free_inodes": 10**9, "total_inodes": 10**9}
+    disk: Dict = {"free_bytes": 20000 * GIB, "total_bytes": 22000 * GIB, "free_inodes": 10**9, "total_inodes": 10**9}
+    disk |= {"mount": "/", "type": "ext4", "shared": False, "local_locks": "", "writable": True}
     return {
         "arch": "x86_64",
         "memory_bytes": 2900 * GIB,
         "shm_bytes": 1450 * GIB,
         "nofile_limit": 1073741816,
         "clock": {"synchronized": True, "begun": 0.0, "ended": 1.0, "offset_seconds": 0.4},
-        "disks": {path: {**disk, "mount": "/"} for path in ("/var/lib/glm", "/var/lib/docker")},
+        "disks": {path: {**disk} for path in ("/var/lib/glm", "/var/lib/docker")},
+        "storage": {},
         "ports": {"8000": free_port(), "8001": free_port()},
         "urls": {name: {"ok": True, "status": 200, "error": None, "seconds": 0.1} for name in ("registry", "hub")},
         "cloud_init": {"finished": True, "waited_seconds": 0},
@@ -66,6 +68,7 @@ def node() -> Dict:
             "controller": "198.18.0.1",
             "name_servers": ["127.0.0.53", "fe80::1%eth0"],
             "gateways": ["10.0.0.1"],
+            "peers": {"gateway-1": ["10.0.2.5"]},
         },
         "apt": {"sources": [], "key_conflicts": []},
         "docker": {"root_dir": None, "image_root": None, "running": False, "snap": False, "daemon_json": None},
@@ -346,6 +349,41 @@ def a_bridge_nowhere(world: World) -> None:
     world.wanted["docker_config"] = {"bip": "10.0.0"}
 
 
+def a_bridge_over_a_gateway(world: World) -> None:
+    world.wanted["docker_config"] = {"bip": "10.0.2.1/24"}
+
+
+WEIGHTS_DIR = "/var/lib/glm/models/zai-org--GLM-5.2-FP8/31cba24f"  # as in `wanted`
+
+
+def weights_on(world: World, **disk: Any) -> None:
+    world.node["disks"][WEIGHTS_DIR] = {**world.node["disks"]["/var/lib/glm"], "mount": "/mnt", **disk}
+
+
+def locks_of_one_node(world: World) -> None:
+    weights_on(world, type="nfs", shared=True, local_locks="nolock")
+
+
+def storage_without_an_answer(world: World) -> None:
+    world.node["storage"] = {WEIGHTS_DIR: "Stale file handle"}
+
+
+def a_source_without_an_answer(world: World) -> None:
+    world.wanted["weights_source"] = "/mnt/models"
+    world.node["storage"] = {"/mnt/models": "no answer within 20 s"}
+
+
+def data_without_an_answer(world: World) -> None:
+    """And the weights below it: one line."""
+    for path in ("/var/lib/glm", WEIGHTS_DIR):
+        world.node["storage"][path] = "Transport endpoint is not connected"
+        world.node["disks"].pop(path, None)
+
+
+def storage_of_another_root(world: World) -> None:
+    weights_on(world, type="nfs4", shared=True, writable=False)
+
+
 FAULTS: list[tuple[Callable[[World], None], str, list[str]]] = [
     (lose_a_gpu, "gpu_count", ["found 7", "wanted 8", "glm_gpu_count"]),
     (be_another_model, "gpu_model", ["NVIDIA H200", "wanted B200", "glm_gpu_model"]),
@@ -450,6 +488,16 @@ FAULTS: list[tuple[Callable[[World], None], str, list[str]]] = [
         ["cut the way to 172.17.0.2 (found a name server, the default gateway in 172.17.0.0/16"],
     ),
     (a_bridge_over_the_site, "docker_network", ["cut the way to 10.0.0.1 (found the default gateway in 10.0.0.0/24"]),
+    (
+        a_bridge_over_a_gateway,
+        "docker_network",
+        ["cut the way to 10.0.2.5 (found a gateway of the fleet in 10.0.2.0/24"],
+    ),
+    (locks_of_one_node, "weights_locks", ["locks at /mnt", "found nolock", "glm_weights_source"]),
+    (storage_without_an_answer, "storage", [WEIGHTS_DIR, "found Stale file handle", "set glm_weights_dir to another"]),
+    (a_source_without_an_answer, "storage", ["/mnt/models", "no answer within 20 s", "set glm_weights_source to"]),
+    (data_without_an_answer, "storage", ["of /var/lib/glm cannot", "is not connected", "set glm_data_dir to another"]),
+    (storage_of_another_root, "storage", ["may not write", "found nfs4 at /mnt", "no_root_squash", "glm_weights_dir"]),
     (a_bridge_nowhere, "docker_network", ["10.0.0", "container_runtime_daemon_config"]),
 ]
 
@@ -511,6 +559,13 @@ def test_the_first_of_the_pools_is_dockers(world: World) -> None:
     world.wanted["docker_config"] = {"default-address-pools": pools}
     assert [finding["id"] for finding in world.findings()] == ["docker_network"]  # 10.0.0.1
     world.node["network"]["gateways"] = ["10.0.1.1"]
+    assert world.findings() == []
+
+
+def test_weights_that_are_there_need_no_locks_and_no_right_to_write(world: World) -> None:
+    weights_on(world, type="nfs", shared=True, local_locks="nolock", writable=False)
+    assert [finding["id"] for finding in world.findings()] == ["storage", "weights_locks"]
+    world.node["models"] = {WEIGHTS_DIR: {"complete": True}}
     assert world.findings() == []
 
 

@@ -566,7 +566,7 @@ def test_nothing_is_removed_from_a_file_system_that_others_share(node: Node, mon
         node.ok(revision, keep=1)
     assert node.names() == {SECOND}
     weights_fetch = load()
-    monkeypatch.setattr(weights_fetch, "mount_of", lambda path: ("/mnt", "nfs4"))
+    monkeypatch.setattr(weights_fetch, "mount_of", lambda path: mounts.Mount("/mnt", "nfs4"))
     config = weights_fetch.Config.read(node.configure(THIRD, keep=1))
     (node.models / THIRD).mkdir()
     weights_fetch.prune(config)
@@ -590,8 +590,30 @@ def test_the_file_system_of_a_path(path: str, found: tuple[str, str], tmp_path: 
         "3 1 0:5 / /var/lib/glm rw shared:3 - nfs4 server:/x rw\n"
         "4 1 0:6 / /srv/my\\040disk rw - fuse.weka weka rw\n"
     )
-    assert mounts.mount_of(path, str(table)) == found
-    assert mounts.is_shared(found[1]) is (found[1] != "ext4")
+    mount = mounts.mount_of(path, str(table))
+    assert (mount.point, mount.kind) == found
+    assert mounts.is_shared(mount.kind) is (mount.kind != "ext4")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "found"),
+    [
+        ("nfs4", "rw,vers=4.2,local_lock=none", ""),
+        ("nfs", "rw,vers=3,local_lock=posix", ""),  # flock(2) goes to the server all the same
+        ("nfs", "rw,vers=3,nolock,local_lock=all", "nolock"),
+        ("nfs4", "rw,vers=4.0,local_lock=flock", "local_lock=flock"),
+        ("lustre", "rw,flock,lazystatfs", ""),
+        ("lustre", "rw,localflock", "localflock"),
+        ("cifs", "rw,nobrl", "nobrl"),
+        ("fuse.glusterfs", "rw,user_id=0,allow_other", ""),
+        ("fuse.sshfs", "rw,user_id=0,allow_other", "fuse.sshfs"),
+        ("ext4", "rw,nolock", ""),
+    ],
+)
+def test_where_a_lock_holds_for_one_machine_alone(kind: str, options: str, found: str, tmp_path: Path) -> None:
+    table = tmp_path / "mountinfo"
+    table.write_text(f"1 0 0:5 / /srv rw shared:3 - {kind} server:/x {options}\n")
+    assert mounts.local_locks(mounts.mount_of("/srv/models", str(table))) == found
 
 
 def test_an_unreadable_configuration(node: Node) -> None:

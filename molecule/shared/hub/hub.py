@@ -9,6 +9,7 @@ request from faults.json, so a test switches them by writing one file:
 api/file   HTTP status for the listing, or for the files (429 and 503 carry Retry-After)
 truncate   files of this pattern end after half of their bytes, and say that they are that long
 flip       files of this pattern have one byte flipped, at the same size
+xet        files of this pattern are in a Xet store too, which takes connections and never answers
 README.md beside this file says what was compared with the real client.
 """
 
@@ -159,6 +160,8 @@ class Hub:
         }
         if file.sha256:
             headers |= {"X-Linked-ETag": f'"{file.etag}"', "X-Linked-Size": str(len(data))}
+        if fnmatch.fnmatch(name, faults.get("xet", "")):
+            headers |= {"X-Xet-Hash": file.etag, "X-Xet-Refresh-Route": f"{request.url.origin()}/xet/token"}
         partial = "Range" in request.headers
         if partial:
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
@@ -175,10 +178,20 @@ class Hub:
         await response.write_eof()
         return response
 
+    async def xet_token(self, request: web.Request) -> web.Response:
+        store = {"Cas-Url": f"{request.url.origin()}/xet/store", "Access-Token": "x", "Token-Expiration": "9999999999"}
+        return web.json_response({}, headers={f"X-Xet-{name}": value for name, value in store.items()})
+
+    async def xet_store(self, _request: web.Request) -> web.Response:
+        await asyncio.sleep(600)
+        return refusal(503)
+
     def application(self) -> web.Application:
         app = web.Application()
         app.router.add_get("/api/models/{org}/{name}/revision/{revision}", self.info)
         app.router.add_get("/api/models/{org}/{name}/tree/{revision}", self.tree)
+        app.router.add_get("/xet/token", self.xet_token)
+        app.router.add_route("*", "/xet/store/{path:.*}", self.xet_store)
         app.router.add_get("/{org}/{name}/resolve/{revision}/{path:.+}", self.file)  # and HEAD
         return app
 

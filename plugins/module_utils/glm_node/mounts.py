@@ -1,4 +1,4 @@
-"""Which file system a path is on, and whether other machines have the same one."""
+"""Which file system a path is on, whether other machines have the same one, and whether its locks hold between them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from .files import read_text
 
@@ -15,36 +16,56 @@ SHARED = {
 }
 # FUSE is of all kinds: most mount something over the network, these do not.
 LOCAL_FUSE = {"fuse.lxcfs", "fuse.fuse-overlayfs", "fuse.mergerfs", "fuse.ntfs", "fuse.gocryptfs"}
+# Options by which flock(2) is of one machine alone: of NFS, Lustre, CIFS, and GFS2 and OCFS2.
+LOCAL_LOCKS = {"nolock", "local_lock=flock", "local_lock=all", "localflock", "noflock", "nobrl", "localflocks"}
+# Programs that leave flock(2) to the kernel of each machine.
+WITHOUT_LOCKS = {"fuse.sshfs", "fuse.s3fs", "fuse.rclone", "fuse.gcsfuse"}
 
 
 TABLE = "/proc/self/mountinfo"
 
 
-def mounts(table: str = TABLE) -> Iterator[tuple[str, str]]:
-    """Each mount point with its type, in the order in which they were mounted."""
+class Mount(NamedTuple):
+    """Where, of what type, and with which options."""
+
+    point: str = ""
+    kind: str = ""
+    options: tuple[str, ...] = ()
+
+
+def mounts(table: str = TABLE) -> Iterator[Mount]:
+    """In the order in which they were mounted."""
     for line in read_text(table).splitlines():
         before, _separator, after = line.partition(" - ")
-        fields = before.split()
-        if len(fields) >= 5 and after:
-            yield re.sub(r"\\(\d{3})", lambda match: chr(int(match.group(1), 8)), fields[4]), after.split()[0]
+        fields, of_the_system = before.split(), after.split()
+        if len(fields) >= 5 and of_the_system:
+            point = re.sub(r"\\(\d{3})", lambda match: chr(int(match.group(1), 8)), fields[4])
+            yield Mount(point, of_the_system[0], tuple(of_the_system[-1].split(",")))
 
 
-def mount_of(path: str, table: str = TABLE) -> tuple[str, str]:
-    """The mount point that a path lies below, which need not exist yet, and its type; empty where it is not told."""
+def mount_of(path: str, table: str = TABLE) -> Mount:
+    """What a path, which need not exist yet, lies on; empty where it is not told."""
     place = os.path.realpath(path)
-    found = ("", "")
-    for point, kind in mounts(table):
+    found = Mount()
+    for mount in mounts(table):
+        point = Path(mount.point)
         # Of those at one place the last one counts.
-        if (Path(point) == Path(place) or Path(point) in Path(place).parents) and len(point) >= len(found[0]):
-            found = (point, kind)
+        if (point == Path(place) or point in Path(place).parents) and len(mount.point) >= len(found.point):
+            found = mount
     return found
 
 
 def mounts_below(path: str, table: str = TABLE) -> list[str]:
     """Mount points below a path, not the path itself."""
-    return sorted(point for point, _kind in mounts(table) if point.startswith(f"{os.path.realpath(path)}/"))
+    return sorted(mount.point for mount in mounts(table) if mount.point.startswith(f"{os.path.realpath(path)}/"))
 
 
 def is_shared(kind: str) -> bool:
     """Whether a file system of this type may be mounted by several machines."""
     return kind in SHARED or kind == "fuse" or (kind.startswith("fuse.") and kind not in LOCAL_FUSE)
+
+
+def local_locks(mount: Mount) -> str:
+    """By what a lock on a shared file system holds within one machine alone; empty where it holds between all."""
+    found = [option for option in mount.options if option in LOCAL_LOCKS] if is_shared(mount.kind) else []
+    return found[0] if found else mount.kind if mount.kind in WITHOUT_LOCKS else ""
