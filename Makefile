@@ -114,6 +114,15 @@ faults: venv engine ## Inject every fault of the list under load, and write docs
 bench-fleet: venv engine ## What 4, 16 and 48 light nodes cost: wall time, CPU, memory, round trips
 	@tests/bench_fleet.py $(NODES)
 
+.cache/bench-placement/.done: tests/bench_placement.txt
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/pip install --quiet -r $<
+	@touch $@
+
+.PHONY: bench-placement
+bench-placement: venv .cache/bench-placement/.done ## Replay coding sessions through a gateway, and write docs/placement.md
+	@tests/bench_placement.py --python $(CURDIR)/.cache/bench-placement/bin/python
+
 .PHONY: bench-edge
 bench-edge: venv programs ## What the edge adds to requests and tokens, and 2,000 streams at once
 	@tests/bench_edge.py --write

@@ -51,12 +51,8 @@ def node_of(fleet: Fleet, session: str, gateway: str) -> str:
 
 
 def homes(fleet: Fleet, gateway: str = "fleet-gateway-1") -> dict[str, str]:
-    """Of 40 sessions, one after the other.
-
-    The median of three: the bound on a load may send a request elsewhere while the one before it is being closed.
-    """
-    names = [f"session-{number}" for number in range(40)]
-    return {name: sorted(node_of(fleet, name, gateway) for _ in range(3))[1] for name in names}
+    """Of 40 sessions, one after the other."""
+    return {name: node_of(fleet, name, gateway) for name in (f"session-{number}" for number in range(40))}
 
 
 def test_a_second_run_changes_nothing(fleet: Fleet, first: str) -> None:
@@ -94,9 +90,10 @@ def test_check_mode_changes_nothing(fleet: Fleet, load: None) -> None:
     assert fleet.all_in()
 
 
-def test_sessions_leave_a_drained_node_alone_and_come_home(fleet: Fleet, first: str) -> None:
+def test_sessions_leave_a_drained_node_alone_and_stay_where_they_went(fleet: Fleet, first: str) -> None:
     before = homes(fleet)
     assert set(before.values()) == set(NODES)
+    time.sleep(1)
     assert homes(fleet, "fleet-gateway-2") == before, "the gateways disagree"
     run = fleet.play("--limit", "fleet-2", playbook="playbooks/drain.yml")
     assert run.code == 0, run.messages
@@ -107,14 +104,12 @@ def test_sessions_leave_a_drained_node_alone_and_come_home(fleet: Fleet, first: 
     assert "fleet-2" not in drained.values()
     run = fleet.play("--limit", "fleet-2", playbook="playbooks/undrain.yml")
     assert run.code == 0, run.messages
-    assert homes(fleet) == before
+    time.sleep(1)  # for the last ones to be told
+    assert homes(fleet, "fleet-gateway-2") == drained
 
 
 def test_sessions_in_use_stay_on_their_node_except_while_it_is_drained(fleet: Fleet, first: str) -> None:
-    """Without the bound, by which a gateway sends some elsewhere while their node has more requests than others."""
-    run = fleet.play(gateway_balance_factor=0)
-    assert run.code == 0, run.messages
-    with fleet.load("a node drained and put back, no bound") as seen:
+    with fleet.load("a node drained and put back") as seen:
         for verb in ("drain", "undrain"):
             run = fleet.play("--limit", "fleet-2", playbook=f"playbooks/{verb}.yml")
             assert run.code == 0, run.messages
@@ -122,9 +117,7 @@ def test_sessions_in_use_stay_on_their_node_except_while_it_is_drained(fleet: Fl
     strayed = {session: nodes for session, nodes in seen["visits"].items() if len(nodes) > 1}
     assert all("fleet-2" in nodes for nodes in strayed.values()), strayed
     assert {next(iter(nodes)) for nodes in seen["visits"].values()} == set(NODES)
-    assert seen["moves"] == 2 * len(strayed) > 0, "away once, and home once"
-    run = fleet.play()
-    assert run.code == 0, run.messages
+    assert seen["moves"] == len(strayed) > 0, "away once"
 
 
 def test_rolling_upgrade(fleet: Fleet, load: None) -> None:

@@ -153,6 +153,18 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
 }  # fmt: skip
 
 
+def test_gateways_by_name(play: Play, tmp_path: Path) -> None:
+    inventory = tmp_path / "hosts.yml"
+    gateways = {"gw-1": {"ansible_host": "198.18.66.252", "glm_port": 8003}, "gw-2": {"ansible_host": "gw-2.example"}}
+    groups = {"nodes": {"hosts": HOSTS}, "gateways": {"hosts": gateways}}
+    inventory.write_text(yaml.safe_dump({"all": {"children": groups}}, sort_keys=False))
+    run = play(inventory=inventory, seconds=60)
+    assert run.code != 0
+    assert run.lines("glm_port: gw-1 needs port 8003 for the other gateways: set glm_port or glm_peers_port to another")
+    assert run.lines("inventory: the other gateways know gw-2 by its address, and gw-2.example is a name: set glm_node")
+    assert not set(run.trips), f"a host was contacted: {run.trips}"
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_inventory(name: str, play: Play, tmp_path: Path) -> None:
     hosts, settings, wanted = CASES[name]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from ansible_collections.glm.fleet.plugins.plugin_utils.edges import edge_of
 
 DEFAULT_SSH_PORT = 22
+PEERS_PORT = 8003  # glm_peers_port where nobody sets it
 
 
 def unknown_variables(names: Iterable[str], known: Iterable[str], prefix: str = "glm_") -> list[str]:
@@ -92,6 +95,30 @@ def duplicate_addresses(hosts: Iterable[str], hostvars: Mapping[str, Mapping[str
     ]
 
 
+def gateway_problems(gateways: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line for each mistake that keeps several gateways from telling each other where sessions are."""
+
+    def is_ip(address: str) -> bool:
+        try:
+            ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return True
+
+    edges = [edge_of(name, hostvars[name]) for name in gateways] if len(gateways) > 1 else []
+    return [
+        f"inventory: the other gateways know {edge['name']} by its address, and {edge['address']} is a name: set "
+        "glm_node_address for it, to the IP address from which they see it"
+        for edge in edges
+        if not is_ip(str(edge["address"]))
+    ] + [
+        f"glm_port: {edge['name']} needs port {edge['port']} for the other gateways: set glm_port or glm_peers_port to "
+        "another port"
+        for edge in edges
+        if edge["port"] == int(hostvars[edge["name"]].get("glm_peers_port") or PEERS_PORT)
+    ]
+
+
 def differing_settings(
     hosts: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]], names: Iterable[str]
 ) -> list[str]:
@@ -127,6 +154,7 @@ class FilterModule:
             "role_variables": role_variables,
             "variables_of_roles": variables_of_roles,
             "duplicate_addresses": duplicate_addresses,
+            "gateway_problems": gateway_problems,
             "differing_settings": differing_settings,
             "results_problems": results_problems,
         }

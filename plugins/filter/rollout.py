@@ -218,7 +218,9 @@ def fleet_status(
         words = []
         for servers in [backends.get(gateway) for gateway in gateways] if gateways else [own]:
             server = (servers or {}).get(node)
-            words.append("unknown" if server is None else server["rotation"] if server["up"] else "down")
+            # What is out is not checked.
+            down = server is not None and server["rotation"] == "in" and not server["up"]
+            words.append("unknown" if server is None else "down" if down else server["rotation"])
         seen["rotation"] = words[0] if len(set(words)) == 1 else ", ".join(words)
         result[node] = seen
     return result

@@ -44,8 +44,8 @@ EXAMPLES = r"""
 RETURN = r"""
 servers:
   description:
-    - By name C(rotation) (in, out), C(up) (bool, by the edge's checks), C(sessions) (requests held), C(port) and
-      C(tls) (how the edge reaches it).
+    - By name C(rotation) (in, out), C(up) (bool, by the edge's checks; false where it is out, which is not checked),
+      C(sessions) (requests held), C(port) and C(tls) (how the edge reaches it).
   type: dict
   returned: always
 settled: {description: Whether what was waited for came., type: bool, returned: always}

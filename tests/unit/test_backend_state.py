@@ -35,8 +35,10 @@ def test_a_server_that_is_out_takes_no_request(edge: Edge, haproxy: HAProxy) -> 
     assert nodes(edge) == {"node1"}
     servers = haproxy.servers()
     assert {name: server["rotation"] for name, server in servers.items()} == {"node0": "out", "node1": "in"}
-    assert all(server["up"] for server in servers.values())
+    assert {name: server["up"] for name, server in servers.items()} == {"node0": False, "node1": True}
     haproxy.rotate("node0", "in")
+    assert not haproxy.servers()["node0"]["up"], "no check has seen it yet"
+    wait_until(lambda: bool(haproxy.servers()["node0"]["up"]), "a check to see it")
     assert nodes(edge) == {"node0", "node1"}
 
 

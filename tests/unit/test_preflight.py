@@ -813,6 +813,20 @@ def test_two_nodes_with_one_address() -> None:
     assert "ansible_host" in line
 
 
+def test_several_gateways_know_each_other_by_ip_address() -> None:
+    hostvars: dict[str, Dict] = {
+        "gw-1": {"ansible_host": "gw-1.example"},
+        "gw-2": {"ansible_host": "gw-2.example", "glm_node_address": "10.0.0.2"},
+        "2001:db8::3": {"glm_port": 8003},
+    }
+    assert names.gateway_problems(list(hostvars), hostvars) == [
+        "inventory: the other gateways know gw-1 by its address, and gw-1.example is a name: set glm_node_address for "
+        "it, to the IP address from which they see it",
+        "glm_port: 2001:db8::3 needs port 8003 for the other gateways: set glm_port or glm_peers_port to another port",
+    ]
+    assert names.gateway_problems(["gw-1"], hostvars) == []
+
+
 def test_addresses_are_refused_only_where_they_are_needed(world: World) -> None:
     names = ("hub_files", "registry_files", "docker_packages")
     world.wanted["urls"] = {**world.wanted["urls"], **{name: f"https://{name}.example.com/" for name in names}}

@@ -47,7 +47,10 @@ class HAProxy:
         return b"".join(parts).decode(errors="replace")
 
     def servers(self) -> dict[str, dict[str, Any]]:
-        """By name: rotation (in, out), up, sessions (requests that it holds or that wait for it), port, tls."""
+        """By name: rotation (in, out), up (by its checks; one that is out has none), sessions, port, tls.
+
+        sessions: requests that it holds or that wait for it.
+        """
         held = {
             row["svname"]: int(row["scur"] or 0) + int(row["qcur"] or 0)
             for row in csv.DictReader(self.ask("show stat").lstrip("# ").splitlines())
@@ -68,10 +71,16 @@ class HAProxy:
         return servers
 
     def rotate(self, server: str, rotation: str) -> None:
-        """Offers a server to new requests, or to none; those that it holds go on."""
-        answer = self.ask(
-            f"set server {self.backend}/{server} state {'ready' if rotation == 'in' else 'drain'}"
-        ).strip()
+        """Offers a server to new requests, or to none; those that it holds go on.
+
+        Out is maintenance: a server that HAProxy drains would still get the sessions that stick to it. It is not
+        checked meanwhile, so one that comes back is down until a check says otherwise.
+        """
+        name = f"{self.backend}/{server}"
+        if rotation == "in":
+            answer = self.ask(f"set server {name} state ready", f"set server {name} health down").strip()
+        else:
+            answer = self.ask(f"set server {name} state maint").strip()
         if answer:
             raise Unavailable(f"HAProxy refuses to take {server} {rotation}: {answer}")
 

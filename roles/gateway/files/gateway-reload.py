@@ -64,8 +64,8 @@ def state_for(state: str, config: str) -> str:
 def drained(config: str) -> str:
     """The state in which no server of the configuration is offered."""
     servers = dict(re.findall(r"^ *server (\S+) \S+:(\d+)", config, re.M))
-    # The fields are those of state_for: running, drained by the operator, with its weight.
-    rows = [f"0 {BACKEND} 0 {name} - 2 8 1 1 0 1 0 1 6 0 0 0 - {port} -" for name, port in servers.items()]
+    # The fields are those of state_for: stopped, in maintenance by the operator's word, with its weight.
+    rows = [f"0 {BACKEND} 0 {name} - 0 1 1 1 0 1 0 0 14 0 0 0 - {port} -" for name, port in servers.items()]
     return "\n".join(["1", *rows]) + "\n"
 
 
