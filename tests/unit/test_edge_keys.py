@@ -251,7 +251,7 @@ def test_a_key_ends_at_its_second(start: Callable[..., Edge]) -> None:
 
 def test_the_log_names_the_key(two: Edge) -> None:
     status(two, ALICE)
-    assert "key=alice GET /v1/models" in two.log_lines("key=alice")
+    assert '"path":"/v1/models"' in two.log_lines('"key":"alice"')
 
 
 # --- connections to a worker that ends: whoever is on one cannot go on with a key that was revoked ---
