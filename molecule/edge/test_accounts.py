@@ -93,8 +93,8 @@ class Client:
             self.told[name]["untold"] += 1
             return
         self.told[name]["told"] += 1
-        read = usage.get("cache_read_input_tokens") or 0
-        self.told[name]["input"] += usage.get("prompt_tokens") or usage.get("input_tokens", 0) + read
+        anthropic = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+        self.told[name]["input"] += usage.get("prompt_tokens") or sum(usage.get(part) or 0 for part in anthropic)
         self.told[name]["output"] += usage.get("completion_tokens") or usage.get("output_tokens", 0)
 
 

@@ -75,7 +75,7 @@ def deployed(fleet: Fleet) -> Run:
 
 @pytest.fixture
 def node(fleet: Fleet, deployed: Run) -> Life:
-    """A node that serves; each test leaves it so."""
+    """A node that serves, warm: after a boot HAProxy asks whether it is once more than a test does."""
     life = Life(fleet)
-    assert life.serves(), life.said()
+    life.wait(life.serves)
     return life

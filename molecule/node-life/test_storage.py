@@ -89,8 +89,10 @@ def test_a_file_system_that_does_not_answer_is_refused(fleet: Fleet, sshfs: Mach
     sshfs.run(f"pkill -{fault} -x sshfs")
     run = fleet.play(glm_weights_source=f"{SSHFS}/models", seconds=150)
     assert (run.code, run.findings()) == (2, ["storage"])
-    assert f"the file system of {SSHFS}/models cannot be read (found {found}, wanted an answer)" in run.line("storage")
-    assert "glm_weights_source" in run.line("storage")
+    assert f"the file system of {SSHFS}/models cannot be read (found {found}, wanted an answer)" in run.line(
+        "storage: "
+    )
+    assert "glm_weights_source" in run.line("storage: ")
     assert sshfs.snapshot() == before
 
 

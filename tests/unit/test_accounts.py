@@ -58,7 +58,7 @@ def openai_events(body: dict[str, Any], answers: int = 3) -> list[dict[str, Any]
 
 
 def anthropic_events(answers: int = 3) -> list[dict[str, Any]]:
-    read = {"input_tokens": 7, "cache_read_input_tokens": 4}
+    read = {"input_tokens": 2, "cache_read_input_tokens": 4, "cache_creation_input_tokens": 5}
     delta = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "word "}}
     return [
         {"type": "message_start", "message": {"role": "assistant", "usage": {**read, "output_tokens": 0}}},

@@ -15,6 +15,8 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -1040,3 +1042,18 @@ def test_the_unit_takes_our_settings(tmp_path: Path) -> None:
     )
     assert "haproxy.service" not in done.stderr.replace("Failed to create", ""), done.stderr
     assert exposure(tmp_path / "haproxy.service") <= MOST
+
+
+def test_the_last_one_to_ask_is_the_last_one_to_write(
+    edge: Edge, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nodes of one wave are taken out at once: each asks for all servers, and writes all of them."""
+    monkeypatch.setattr(RELOAD, "SOCKET", str(edge.directory / "haproxy/admin.sock"))
+    monkeypatch.setattr(RELOAD, "STATE_FILES", edge.files)
+    monkeypatch.setattr(RELOAD, "CONFIG", str(edge.directory / "haproxy.cfg"))
+    monkeypatch.setattr(RELOAD, "locked", partial(RELOAD.locked, str(tmp_path / "lock")))
+    monkeypatch.setattr("sys.argv", ["gateway-reload", "--save"])
+    with ThreadPoolExecutor(8) as pool:
+        codes = [run.result() for run in [pool.submit(RELOAD.main) for _ in range(100)]]
+    assert codes == [0] * 100
+    assert RELOAD.kept(edge.files[0]) == RELOAD.kept(edge.files[1]) != ""

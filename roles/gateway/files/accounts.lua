@@ -147,8 +147,9 @@ function Accounts:end_analyze(txn, channel)
     local function number(name) return tonumber(match(usage, '"' .. name .. '":%s*(%d+)')) end
     local read = number("cache_read_input_tokens")
     local input = number("prompt_tokens") or number("input_tokens")
-    -- Anthropic's input does not hold what was cached.
-    if input then txn:set_var("txn.input", input + (read or 0)) end
+    -- Anthropic's input holds neither what was cached nor what was written into the cache.
+    local rest = (read or 0) + (number("cache_creation_input_tokens") or 0)
+    if input then txn:set_var("txn.input", input + rest) end
     local cached = number("cached_tokens") or read
     if cached then txn:set_var("txn.cached", cached) end
     local output = number("completion_tokens") or number("output_tokens")

@@ -147,7 +147,8 @@ def reload(master: int, path: str, files: "tuple[str, str]", config: str, timeou
 def main() -> int:
     try:
         if sys.argv[1] == "--save":
-            save_state(SOCKET, STATE_FILES, CONFIG)
+            with locked():  # nodes of one wave change at once; the last one to ask has to be the last one to write
+                save_state(SOCKET, STATE_FILES, CONFIG)
             return 0
         if sys.argv[1] == "--check":
             lost = check_state(STATE_FILES, CONFIG)
