@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = {
     "benchmark/files/benchmark_run.py": "IndexError",
     "engine_image/files/image-pull": "the following arguments are required",
+    "gateway/files/accounts": "the following arguments are required",
     "gateway/files/gateway-reload.py": "IndexError",
     "inference_service/files/engine-launch": "engine-launch RELEASE",
     "inference_service/files/engine-wait": "engine-wait RELEASE",
