@@ -162,7 +162,7 @@ def test_gateways_by_name(play: Play, tmp_path: Path) -> None:
     assert run.code != 0
     assert run.lines("glm_port: gw-1 needs port 8003 for the other gateways: set glm_port or glm_peers_port to another")
     assert run.lines("inventory: the other gateways know gw-2 by its address, and gw-2.example is a name: set glm_node")
-    assert not set(run.trips), f"a host was contacted: {run.trips}"
+    assert not set(run.trips) & {*HOSTS, *gateways}, f"a host was contacted: {run.trips}"
 
 
 @pytest.mark.parametrize("name", CASES)
