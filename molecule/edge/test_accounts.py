@@ -92,10 +92,6 @@ class Client:
             self.tell(name, seen)
 
     def tell(self, name: str, usage: dict[str, Any]) -> None:
-        if not usage:
-            self.told[name]["untold"] += 1
-            return
-        self.told[name]["told"] += 1
         anthropic = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
         self.told[name]["input"] += usage.get("prompt_tokens") or sum(usage.get(part) or 0 for part in anthropic)
         self.told[name]["output"] += usage.get("completion_tokens") or usage.get("output_tokens", 0)

@@ -53,12 +53,11 @@ removed:
 
 import os
 import stat
-import tempfile
 from contextlib import nullcontext
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_text
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_text, write_whole
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.haproxy import (
     LOCK,
     MASTER,
@@ -112,19 +111,6 @@ def bring(worker: HAProxy, path: str, wanted: Entries, check: bool) -> Entries:
     return now
 
 
-def write(path: str, text: str) -> None:
-    descriptor, temporary = tempfile.mkstemp(prefix=".keys.", dir=os.path.dirname(path))
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:  # for its owner alone
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def running(path: str) -> bool:
     """A HAProxy that hangs is one that runs."""
     try:
@@ -161,7 +147,7 @@ def main() -> None:
                 asked = workers(options["socket"], options["master"])
                 seen += [bring(worker, path, wanted, check) for worker in asked]
             if not in_place and not check:
-                write(path, text)
+                write_whole(path, text, 0o600)
                 # One that has crashed meanwhile began with the old file.
                 if serves:
                     bring(HAProxy(options["socket"]), path, wanted, check)

@@ -47,12 +47,11 @@ state: {description: What the file says now., type: dict, returned: always}
 
 import json
 import os
-import tempfile
 import time
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_json
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_json, write_whole
 
 PHASES = ["draining", "stopping", "starting", "verifying", "serving", "rolling_back", "failed"]
 COMPARED = ("phase", "release", "previous", "reason")
@@ -75,19 +74,8 @@ def next_state(now: dict[str, Any], wanted: dict[str, Any], since: str) -> dict[
 
 def write_state(path: str, state: dict[str, Any]) -> None:
     """Whole or not at all, also after a power cut."""
-    directory = os.path.dirname(path)
-    os.makedirs(directory, mode=0o755, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=".state.", dir=directory)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(dump(state))
-            os.fchmod(file.fileno(), 0o644)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+    write_whole(path, dump(state))
 
 
 def dump(state: dict[str, Any]) -> str:

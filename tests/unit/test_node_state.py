@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_json
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_json, write_whole
 from ansible_collections.glm.fleet.plugins.modules import node_state
 
 WANTED = {"failure": {}, "phase": "serving", "release": "a", "previous": "", "rollout_id": "1", "reason": ""}
@@ -42,3 +42,12 @@ def test_written_whole_and_read_again(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["state.json"]
     path.write_text("{")
     assert read_json(str(path)) == {}
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    """A timer that writes each minute would fill the disk that is full already."""
+    path = tmp_path / "state.json"
+    path.mkdir()
+    with pytest.raises(OSError, match=r"state\.json"):
+        write_whole(path, "{}")
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,10 +1,11 @@
-"""Reads that end in nothing where there is nothing, and lines as a program writes them."""
+"""Reads that end in nothing where there is nothing, writes that are whole, and lines as a program writes them."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +26,21 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def write_whole(path: str | Path, text: str, mode: int = 0o644) -> None:
+    """Puts a file in place whole or not at all, also after a power cut. Its directory is there."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=os.path.dirname(path))
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            os.fchmod(file.fileno(), mode)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def lines(stream: IO[bytes]) -> Iterator[str]:

@@ -46,6 +46,10 @@ class HAProxy:
             raise Unavailable(f"HAProxy does not answer at {self.path}: {problem.strerror or problem}") from problem
         return b"".join(parts).decode(errors="replace")
 
+    def info(self) -> dict[str, str]:
+        """What the process says of itself, such as Pid and DroppedLogs."""
+        return dict(line.split(": ", 1) for line in self.ask("show info").splitlines() if ": " in line)
+
     def servers(self) -> dict[str, dict[str, Any]]:
         """By name: rotation (in, out), up (by its checks; one that is out has none), sessions, port, tls.
 

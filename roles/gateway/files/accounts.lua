@@ -205,7 +205,7 @@ end
 function Accounts:events_of(message, data)
   local whole = #data
   if sub(data, -2) ~= "\n\n" and not message:eom() then
-    whole = match(data, ".*\n\n()", 1)
+    whole = match(data, ".*\n\n()")
     if not whole then return #data < EVENT and 0 or #data end
     whole = whole - 1
   end

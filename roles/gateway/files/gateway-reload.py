@@ -37,10 +37,9 @@ def worker(path: str) -> "str | None":
     """The process id of the worker that answers now."""
     try:
         # Short, so that several tries fit into the time of a reload.
-        lines = HAProxy(path, timeout=TIMEOUT / 5).ask("show info").splitlines()
+        return HAProxy(path, timeout=TIMEOUT / 5).info().get("Pid")
     except Unavailable:
         return None
-    return next((line.split()[1] for line in lines if line.startswith("Pid:")), None)
 
 
 def state_for(state: str, config: str) -> str:
