@@ -24,14 +24,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests/unit"), str(ROOT / "plugins/module_utils")]
+from cpu import cpu_seconds  # noqa: E402
 from test_haproxy_template import HAPROXY, KEY, VARS, entry, free_port, write_files  # noqa: E402
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -172,20 +173,16 @@ async def requests(port: int, size: int, number: int) -> list[float]:
     return times
 
 
-def client(pipe: Connection, what: Any, *arguments: int) -> None:
+def client(what: Any, *arguments: int) -> list[float]:
     os.sched_setaffinity(0, OTHER_CORES)
-    pipe.send(asyncio.run(what(*arguments)))
+    found: list[float] = asyncio.run(what(*arguments))
+    return found
 
 
 def measured(what: Any, *arguments: int, processes: int = 1) -> list[float]:
-    pairs = [multiprocessing.Pipe() for _ in range(processes)]
-    clients = [multiprocessing.Process(target=client, args=(theirs, what, *arguments)) for _, theirs in pairs]
-    for process in clients:
-        process.start()
-    found = [value for ours, _ in pairs for value in ours.recv()]
-    for process in clients:
-        process.join()
-    return sorted(found)
+    with ProcessPoolExecutor(processes) as pool:
+        clients = [pool.submit(client, what, *arguments) for _ in range(processes)]
+        return sorted(value for made in clients for value in made.result())
 
 
 @contextmanager
@@ -229,12 +226,6 @@ def edge(engine: int, changes: dict[str, Any]) -> Iterator[tuple[int, int]]:
             process.wait(20)
 
 
-def cpu(pid: int) -> float:
-    """Seconds that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def part(values: list[float], share: float) -> float:
     return values[min(int(len(values) * share), len(values) - 1)]
 
@@ -245,11 +236,11 @@ def run(port: int, pid: int | None) -> dict[str, float]:
         measured(requests, port, size, 200)  # warm
         took = measured(requests, port, size, REQUESTS)
         row[f"p50 of {size}"], row[f"p99 of {size}"] = part(took, 0.5), part(took, 0.99)
-    used = cpu(pid) if pid else 0
+    used = cpu_seconds([pid]) if pid else 0
     delays = measured(streams, port, STREAMS // PROCESSES, processes=PROCESSES)
     assert len(delays) == STREAMS * TOKENS
     row["p50 of a token"], row["p99 of a token"] = part(delays, 0.5), part(delays, 0.99)
-    row["CPU"] = cpu(pid) - used if pid else 0
+    row["CPU"] = cpu_seconds([pid]) - used if pid else 0
     return row
 
 

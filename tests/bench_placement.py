@@ -19,7 +19,6 @@ import json
 import math
 import os
 import random
-import shutil
 import statistics
 import subprocess
 import sys
@@ -35,7 +34,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / path) for path in ("tests/unit", "plugins/module_utils", ".")]
-from test_haproxy_template import free_port, write_files  # noqa: E402
+from cpu import cpu_seconds  # noqa: E402
+from test_haproxy_template import HAPROXY, free_port, write_files  # noqa: E402
 
 PAGE = ROOT / "docs/placement.md"
 RESULTS = ROOT / "results/bench-placement/bench.json"
@@ -239,15 +239,6 @@ async def replay_all(sessions: list[Session], port: int) -> float:
     return late
 
 
-def cpu_seconds(pids: list[int]) -> float:
-    """CPU time of processes."""
-    ticks = 0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
 def children(pid: int) -> list[int]:
     """A process and its children."""
     return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
@@ -323,11 +314,7 @@ def router(policy: str, directory: Path, python: Path, ports: list[int], port: i
         first = next(n for n, line in enumerate(lines) if line.strip() == "balance leastconn")
         kept = [line for line in lines[first + 1 :] if not line.strip().startswith("stick")]
         config.write_text("".join(lines[:first]) + HASHING + "".join(kept))
-    return [haproxy(), "-f", str(config)]
-
-
-def haproxy() -> str:
-    return shutil.which("haproxy") or "/usr/sbin/haproxy"
+    return [HAPROXY, "-f", str(config)]
 
 
 def counted(ports: list[int]) -> tuple[float, float]:
@@ -431,7 +418,7 @@ def page(rows: list[dict[str, Any]], python: Path) -> str:
         f"Wanted is a p90 of at most {BUDGET} of hashing's at the larger load; it is {verdict(rows):.2f}.",
         "",
         f"Mean ± standard deviation over the seeds; {failed} requests failed. Made by `make bench-placement` with",
-        f"{version([haproxy(), '-v'])} and {version([str(python), '-c', metadata])}, on {os.cpu_count()} cores of "
+        f"{version([HAPROXY, '-v'])} and {version([str(python), '-c', metadata])}, on {os.cpu_count()} cores of "
         f"{model.partition(': ')[2]}, all on",
         f"loopback, {SPEED} times as fast as real time. The load generator was late by at most "
         f"{max(row['late'] for row in rows):.0f} s of these seconds.",

@@ -10,16 +10,14 @@ import stat
 import string
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from exposure import MOST, exposure
-from test_haproxy_template import KEY, VARS, Edge, entry, start, template
+from test_haproxy_template import KEY, VARS, Edge, QuietHandler, QuietServer, entry, start, template
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "roles/gateway/files/accounts"
@@ -78,29 +76,19 @@ def text_of(path: str, events: list[dict[str, Any]]) -> bytes:
     return b"".join([*lines, b"data: [DONE]\n\n"])
 
 
-class Engine(ThreadingHTTPServer):
+class Engine(QuietServer):
     """Answers with figures, and remembers what it was asked. A stream comes in pieces of some bytes."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), EngineHandler)
         self.asked: list[bytes] = []
         self.piece = 1 << 20
         self.answers = 3
         self.stops_after = 0  # bytes; then it waits for the client to leave
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that leaves is part of the tests."""
+        super().__init__(EngineHandler)
 
 
-class EngineHandler(BaseHTTPRequestHandler):
+class EngineHandler(QuietHandler):
     server: Engine
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args: Any) -> None:
-        """Quiet."""
 
     def do_GET(self) -> None:
         self.send_response(200)

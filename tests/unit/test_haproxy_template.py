@@ -209,33 +209,43 @@ def test_other_keys_make_no_other_configuration() -> None:
 # --- a real HAProxy in front of an engine ---
 
 
-class Engine(ThreadingHTTPServer):
-    """Answers as an engine does, and remembers what it was asked."""
+class QuietServer(ThreadingHTTPServer):
+    """Serves from the start, on loopback."""
 
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), EngineHandler)
-        self.requests: list[tuple[str, str, dict[str, str], int]] = []
-        self.client_left = threading.Event()
-        self.refuses = False  # as a node's edge does that has no engine
-        self.hangs = threading.Event()  # takes connections, and answers nothing
-        self.held = threading.Event()  # until then a request of /v1/held waits
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-
-    def asked(self) -> list[tuple[str, str, dict[str, str], int]]:
-        return [request for request in self.requests if request[1] != "/health"]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that leaves is part of the tests."""
 
 
-class EngineHandler(BaseHTTPRequestHandler):
-    server: Engine
+class QuietHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args: Any) -> None:
         """Quiet."""
+
+
+class Engine(QuietServer):
+    """Answers as an engine does, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, str, dict[str, str], int]] = []
+        self.client_left = threading.Event()
+        self.refuses = False  # as a node's edge does that has no engine
+        self.hangs = threading.Event()  # takes connections, and answers nothing
+        self.held = threading.Event()  # until then a request of /v1/held waits
+        super().__init__(EngineHandler)
+
+    def asked(self) -> list[tuple[str, str, dict[str, str], int]]:
+        return [request for request in self.requests if request[1] != "/health"]
+
+
+class EngineHandler(QuietHandler):
+    server: Engine
 
     def do_GET(self) -> None:
         size = len(self.rfile.read(int(self.headers.get("Content-Length", 0))))
