@@ -10,11 +10,12 @@ from typing import Any
 from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure
-from ansible_collections.glm.fleet.plugins.plugin_utils.key_file import VAULT, Refused, edit, new_key, parse
+from ansible_collections.glm.fleet.plugins.plugin_utils.key_file import Refused, edit, is_encrypted, new_key, parse
 
 SPEC = {
     "path": {"type": "path", "required": True},
     "generate": {"type": "bool", "default": False},
+    "ephemeral": {"type": "bool", "default": False},
     "usable": {"type": "bool", "default": False},
     "edit": {"type": "str", "choices": ["add", "revoke", "rotate"]},
     "name": {"type": "str", "default": ""},
@@ -43,6 +44,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     def _bring(self, path: str, args: dict[str, Any]) -> dict[str, Any]:
         there, check = os.path.lexists(path), self._task.check_mode
+        if not there and args["ephemeral"]:
+            raise Refused(
+                f"{path} does not exist, and a key made here would be lost with this job: give the job a file of keys "
+                "by a credential (docs/awx.md)"
+            )
         if not there and not args["generate"]:
             raise Refused(f"{path} does not exist: site.yml makes it, or put one key a line in it")
         if not there and check:
@@ -50,11 +56,13 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if not there:
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             write(path, f"{new_key()}\n")
-        check_private(path)
+        encrypted = is_encrypted(path)
+        if not encrypted:
+            check_private(path)
         if args["edit"]:
             with open(path, encoding="utf-8", errors="replace") as file:
                 text = file.read()
-            if text.startswith(VAULT):
+            if encrypted:
                 raise Refused(
                     f"{path} is encrypted: change it by `ansible-vault edit {path}`, then apply it by "
                     "playbooks/keys.yml (glm-fleet keys apply)"

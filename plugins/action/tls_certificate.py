@@ -9,6 +9,7 @@ from typing import Any
 
 from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
+from ansible_collections.glm.fleet.plugins.plugin_utils.key_file import is_encrypted
 
 SOON = datetime.timedelta(days=30)
 
@@ -28,7 +29,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         _validation, args = self.validate_argument_spec(argument_spec={"path": {"type": "path", "required": True}})
         path = os.path.abspath(args["path"])
         try:
-            mode = stat.S_IMODE(os.stat(path).st_mode)
+            mode = 0o600 if is_encrypted(path) else stat.S_IMODE(os.stat(path).st_mode)
             with open(self._loader.get_real_file(path), "rb") as file:  # decrypted if Ansible Vault has encrypted it
                 expires = check(file.read(), mode, path)
         except (Refused, AnsibleError) as problem:

@@ -14,6 +14,10 @@ options:
     description: Make the file with one random key if it is missing. In check mode it is only said to be made.
     type: bool
     default: false
+  ephemeral:
+    description: Whether the controller's files are gone after the run. Then a missing file is refused, not made.
+    type: bool
+    default: false
   usable: {description: Refuse a file in which each key has expired., type: bool, default: false}
   edit:
     description:

@@ -52,6 +52,12 @@ class Entry:
         return {"name": self.name, "digest": self.sha256[:8], **limits, "expires_at": self.expires_at}
 
 
+def is_encrypted(path: str) -> bool:
+    """Whether Ansible Vault has: such a file may be open to all, and lie in a repository."""
+    with open(path, "rb") as file:
+        return file.read(len(VAULT)) == VAULT.encode()
+
+
 def moment(text: str) -> datetime:
     """A day is its first second, UTC. Raises ValueError."""
     form = "%Y-%m-%dT%H:%M:%SZ" if "T" in text else "%Y-%m-%d"

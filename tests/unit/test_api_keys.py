@@ -253,7 +253,7 @@ def test_an_encrypted_file_is_edited_by_hand(tmp_path: Path) -> None:
     password.write_text("secret\n")
     vault = [str(Path(sys.executable).with_name("ansible-vault")), "encrypt", "--vault-password-file", str(password)]
     subprocess.run([*vault, str(path)], check=True, capture_output=True)
-    path.chmod(0o600)
+    path.chmod(0o644)  # as git has it
     before = path.read_text()
     task = {"glm.fleet.api_keys": {"path": str(path), "edit": "revoke", "name": "alice"}}
     said = run_task(task, "--vault-password-file", str(password), directory=tmp_path)
@@ -279,6 +279,20 @@ def test_the_plugin_says_what_to_do_about_a_missing_file(tmp_path: Path) -> None
     path = tmp_path / "absent"
     result = run_task({"glm.fleet.api_keys": {"path": str(path)}}, directory=tmp_path)
     assert result["msg"] == f"{path} does not exist: site.yml makes it, or put one key a line in it"
+
+
+def test_no_key_is_made_where_it_would_be_lost(tmp_path: Path) -> None:
+    path = tmp_path / "api-keys.txt"
+    task = {"glm.fleet.api_keys": {"path": str(path), "generate": True, "ephemeral": True}}
+    for arguments in ((), ("--check",)):
+        said = run_task(task, *arguments, directory=tmp_path)
+        assert said["msg"] == (
+            f"{path} does not exist, and a key made here would be lost with this job: give the job a file of keys by a "
+            "credential (docs/awx.md)"
+        )
+        assert said["failure"]["nothing_changed"] and not path.exists()
+    api_keys.write(str(path), f"{KEY} alice\n")
+    assert not run_task(task, directory=tmp_path)["changed"]
 
 
 def test_a_good_certificate_passes_in_either_order() -> None:
