@@ -127,6 +127,29 @@ bench-placement: venv .cache/bench-placement/.done ## Replay coding sessions thr
 bench-edge: venv programs ## What the edge adds to requests and tokens, and 2,000 streams at once
 	@tests/bench_edge.py --write
 
+# The execution environment: its name, an image to build on instead of the definition's, and who builds and runs it.
+EE_IMAGE ?= glm-fleet-ee
+EE_BASE ?=
+EE_ENGINE ?= $(shell command -v podman >/dev/null && echo podman || echo docker)
+
+.cache/ee/.done: ee/tools.txt
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/pip install --quiet -r $<
+	@touch $@
+
+.PHONY: ee
+ee: venv .cache/ee/.done ## Build the execution environment for AWX and ansible-navigator (EE_IMAGE=NAME, EE_ENGINE=podman)
+	@ansible-galaxy collection build --force --output-path .cache/ee/collection . >/dev/null
+	@mv .cache/ee/collection/glm-fleet-*.tar.gz .cache/ee/glm-fleet.tar.gz
+	@.cache/ee/bin/ansible-builder build --file ee/execution-environment.yml --context .cache/ee/context \
+	  --container-runtime $(EE_ENGINE) --tag $(EE_IMAGE) $(if $(EE_BASE),--build-arg EE_BASE_IMAGE=$(EE_BASE))
+
+.PHONY: ee-test
+ee-test: venv engine ## Build it on the testbed's Debian, and run it as AWX does over the demo's node, which is made anew
+	@molecule/shared/build-images base
+	@$(MAKE) --no-print-directory ee EE_BASE=glm-fleet/base EE_ENGINE=docker EE_IMAGE=glm-fleet-ee:test
+	@tests/run ee
+
 .PHONY: figures
 figures: venv engine ## Measure the demo, and write what was measured here into README.md and docs/testing.md
 	@tools/figures.py
