@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
+from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -17,7 +19,7 @@ from glm_fleet.errors import Exit
 from glm_fleet.playbook import Outcome
 from glm_fleet.view import Screen, State
 
-WIDE = 100  # columns from which a table shows all it has
+WRAPS, BREAKS = 20, 40  # columns from which a cell may go on in the next line, and from which a word may
 WARNED = 14  # days before its end from which on a key is marked
 
 
@@ -29,11 +31,55 @@ class Shown:
     run: journal.Run | None
 
 
-def grid(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim")
-    for column in columns:
-        table.add_column(column, no_wrap=True, overflow="ellipsis")
-    return table
+class Grid:
+    """A table without lines that leaves nothing out: columns that do not fit beside the others follow below them."""
+
+    def __init__(self, *columns: str, keys: int = 1, numbers: bool = False) -> None:
+        """The first `keys` columns say what a row is about; the others may be `numbers`."""
+        self.columns, self.keys, self.numbers = columns, keys, numbers
+        self.rows: list[list[Text]] = []
+
+    def row(self, *cells: str | Text) -> None:
+        texts = [cell if isinstance(cell, Text) else Text(cell) for cell in cells]
+        self.rows.append([Text(text.plain.replace("\n", " "), text.style) for text in texts])
+
+    def show(self, console: Screen) -> None:
+        if not self.rows:
+            return
+        needs = [self._needs(column) for column in range(len(self.columns))]
+        for number, part in enumerate(self._parts(needs, console.width)):
+            if number:
+                console.print()
+            table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, pad_edge=False, header_style="dim")
+            fits = self._room(part, needs) <= console.width
+            for column in part:
+                least = needs[column] if fits else None
+                side: JustifyMethod = "right" if self.numbers and column >= self.keys else "left"
+                table.add_column(self.columns[column], min_width=least, overflow="fold", justify=side)
+            for row in self.rows:
+                table.add_row(*(row[column] for column in part))
+            console.print(table)
+
+    def _needs(self, column: int) -> int:
+        """The least width that a column reads well in."""
+        texts = [Text(self.columns[column]), *(row[column] for row in self.rows)]
+        longest = max(text.cell_len for text in texts)
+        word = max(cell_len(word) for text in texts for word in ["", *text.plain.split()])
+        return min(longest, max(WRAPS, min(word, BREAKS)))
+
+    def _parts(self, needs: list[int], width: int) -> list[list[int]]:
+        """Columns by table: each table has the keys and as many others as fit."""
+        keys = list(range(self.keys))
+        parts = [keys]
+        for column in range(self.keys, len(self.columns)):
+            if self._room([*parts[-1], column], needs) > width and parts[-1] != keys:
+                parts.append(keys)
+            parts[-1] = [*parts[-1], column]
+        return parts
+
+    @staticmethod
+    def _room(part: list[int], needs: list[int]) -> int:
+        return sum(needs[column] + 2 for column in part) - 2
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -57,67 +103,54 @@ def status(shown: Shown, console: Screen) -> None:
     found = status_of(shown)
     if not found:
         return
-    wide = console.width >= WIDE
-    table = grid(
-        "NODE",
-        "ROTATION",
-        "PHASE",
-        "RELEASE",
-        *(["IMAGE", "WEIGHTS", "DRIVER", "IN FLIGHT", "VERIFIED"] if wide else []),
-    )
+    table = Grid("NODE", "ROTATION", "PHASE", "RELEASE", "IMAGE", "WEIGHTS", "DRIVER", "IN FLIGHT", "VERIFIED")
     for node, seen in found.items():
         rotation = str(seen.get("rotation") or "-")
         phase = str(seen.get("phase") or "-")
-        cells: list[Any] = [
+        verified = seen.get("verified") or {}
+        said = Text("-", "dim")
+        if verified:
+            said = (
+                Text(str(verified["time"]))
+                if verified["ok"]
+                else Text("FAILED " + ", ".join(verified["failed"]), "red")
+            )
+        flight = seen.get("in_flight")
+        table.row(
             node,
             Text(rotation, "green" if rotation == "in" else "yellow"),
             Text(phase, "green" if phase == "serving" else "yellow"),
             short(seen.get("release")),
-        ]
-        if wide:
-            verified = seen.get("verified") or {}
-            said = Text("-", "dim")
-            if verified:
-                said = (
-                    Text(str(verified["time"]), "")
-                    if verified["ok"]
-                    else Text("FAILED " + ", ".join(verified["failed"]), "red")
-                )
-            flight = seen.get("in_flight")
-            cells += [
-                short(seen.get("image_digest")),
-                short(seen.get("model_revision")),
-                str(seen.get("driver") or "-"),
-                "-" if flight is None else str(flight),
-                said,
-            ]
-        table.add_row(*cells)
-    console.print(table)
+            short(seen.get("image_digest")),
+            short(seen.get("model_revision")),
+            str(seen.get("driver") or "-"),
+            "-" if flight is None else str(flight),
+            said,
+        )
+    table.show(console)
     for node, seen in found.items():
         if seen.get("reason"):
             console.print(f"{node}: {seen['reason']}", style="yellow", soft_wrap=True)
 
 
 def checks(shown: Shown, console: Screen) -> None:
-    table = grid("NODE", "CHECK", "", "DETAIL")
+    table = Grid("NODE", "CHECK", "", "DETAIL", keys=2)
     for node, facts in shown.state.facts.items():
         for check in facts.get("verify", {}).get("checks", []):
             mark = Text("ok", "green") if check["ok"] else Text("FAILED", "bold red")
-            table.add_row(node, check["name"], mark, Text(str(check.get("detail", "")), "dim"))
+            table.row(node, check["name"], mark, Text(str(check.get("detail", "")), "dim"))
             node = ""  # noqa: PLW2901 (named once)
-    if table.rows:
-        console.print(table)
+    table.show(console)
 
 
 def benchmarks(shown: Shown, console: Screen) -> None:
-    table = grid("NODE", "OUTPUT tok/s", "TOTAL tok/s", "TTFT mean ms", "TPOT mean ms", "FAILED")
+    table = Grid("NODE", "OUTPUT tok/s", "TOTAL tok/s", "TTFT mean ms", "TPOT mean ms", "FAILED")
     for node, facts in shown.state.facts.items():
         found = facts.get("benchmark")
         if found:
             figures = (found["output_tok_s"], found["total_tok_s"], found["ttft_ms"]["mean"], found["tpot_ms"]["mean"])
-            table.add_row(node, *(f"{figure:,.1f}" for figure in figures), str(found["failed"]))
-    if table.rows:
-        console.print(table)
+            table.row(node, *(f"{figure:,.1f}" for figure in figures), str(found["failed"]))
+    table.show(console)
 
 
 def commands(shown: Shown, console: Screen) -> None:
@@ -141,16 +174,15 @@ def days_left(expires_at: int) -> int | None:
 
 
 def keys(shown: Shown, console: Screen) -> None:
-    table = grid("NAME", "DIGEST", "PER MINUTE", "AT ONCE", "EXPIRES", "DAYS LEFT")
+    table = Grid("NAME", "DIGEST", "PER MINUTE", "AT ONCE", "EXPIRES", "DAYS LEFT")
     for key in keys_of(shown).get("keys", []):
         days = days_left(key["expires_at"])
         left = Text("-" if days is None else "expired" if days < 0 else str(days))
         if days is not None and days < WARNED:
             left.style = "red" if days < 0 else "yellow"
         counts = (str(key[limit] or "-") for limit in ("requests_per_minute", "concurrent"))
-        table.add_row(key["name"], key["digest"], *counts, key["expires"] or "-", left)
-    if table.rows:
-        console.print(table)
+        table.row(key["name"], key["digest"], *counts, key["expires"] or "-", left)
+    table.show(console)
     other_edges(shown, console, listed=True)
 
 
@@ -202,12 +234,11 @@ def usage(shown: Shown, console: Screen, *, by: tuple[str, ...]) -> None:
     for row in usage_of(shown):
         sums.setdefault(tuple(row[part] for part in by), Counter()).update({name: row[name] for name in names})
     if sums:
-        table = grid(*(part.upper() for part in by), *(name.upper().replace("_", " ") for name in names))
-        for column in table.columns[len(by) :]:
-            column.justify = "right"
+        columns = [*(part.upper() for part in by), *(name.upper().replace("_", " ") for name in names)]
+        table = Grid(*columns, keys=len(by), numbers=True)
         for parts, row in sorted(sums.items()):
-            table.add_row(*parts, *(f"{row[name]:,}" for name in names))
-        console.print(table)
+            table.row(*parts, *(f"{row[name]:,}" for name in names))
+        table.show(console)
     elif any("usage" in facts for facts in shown.state.facts.values()):
         console.print("No request in this time.")
     for node, facts in shown.state.facts.items():
@@ -225,10 +256,10 @@ def runs(found: list[journal.Run], as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table = grid("RUN", "BEGAN", "EXIT CODE")
+    table = Grid("RUN", "BEGAN", "EXIT CODE")
     for row in rows:
-        table.add_row(row["run"], row["began"], str(row["exit_code"]) if row["state"] == "ended" else row["state"])
-    Screen().print(table)
+        table.row(row["run"], row["began"], str(row["exit_code"]) if row["state"] == "ended" else row["state"])
+    table.show(Screen())
 
 
 def report(path: Path, as_json: bool) -> None:
@@ -237,11 +268,11 @@ def report(path: Path, as_json: bool) -> None:
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return
     console = Screen()
-    table = grid("NODE", "", "RELEASE", "IMAGE", "REASON")
+    table = Grid("NODE", "", "RELEASE", "IMAGE", "REASON")
     for node, entry in found["nodes"].items():
         mark = Text("ok", "green") if entry["ok"] else Text("not ok", "bold red")
-        table.add_row(node, mark, short(entry["release"]), short(entry["image_digest"]), entry["reason"] or "")
-    console.print(table)
+        table.row(node, mark, short(entry["release"]), short(entry["image_digest"]), entry["reason"] or "")
+    table.show(console)
     console.print(f"Report: {path.with_suffix('.html')}", style="dim", soft_wrap=True)
 
 

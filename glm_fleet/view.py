@@ -27,6 +27,7 @@ STYLES = {
     "prepared": "dim",
 }
 AT_REST = ("waiting", "prepared", "done", "failed", "unreachable")  # nothing is being done to the node
+UNBOUNDED = 100_000  # columns of a pipe or a file: whoever reads it wants whole lines
 NARROW = 64  # columns; below, a node's line has no detail beside it
 CONTROLS = dict.fromkeys([*(code for code in range(0x20) if code != ord("\n")), *range(0x7F, 0xA0)])
 
@@ -36,6 +37,8 @@ class Screen(Console):
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+        if not self.is_terminal:
+            self.width = UNBOUNDED
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
 import os
+import pty
 import re
 import shutil
 import stat
+import struct
 import subprocess
 import sys
+import termios
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -365,10 +371,10 @@ def test_without_a_terminal_each_thing_is_a_line() -> None:
 def test_what_a_node_says_does_not_reach_the_terminal_as_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     """Clear the screen, write to the clipboard, in both spellings of the escape."""
     said = "bad\x1b[2J \x1b]52;c;ZXZpbA==\x07\x9b2J\rgood"
-    table = tables.grid("NODE")
-    table.add_row(said)
+    table = tables.Grid("NODE")
+    table.row(said)
     screen = Screen()
-    screen.print(table)
+    table.show(screen)
     screen.print(said, style="yellow")
     shown = capsys.readouterr().out
     assert shown.count("bad[2J ]52;c;ZXZpbA==2Jgood") == 2
@@ -381,7 +387,98 @@ def test_a_result_is_printed_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixt
     entry = {"ok": False, "release": "a", "image_digest": "b", "reason": reason}
     (tmp_path / "report.json").write_text(json.dumps({"nodes": {"node-1": entry}}))
     tables.report(tmp_path / "report.json", as_json=False)
-    assert reason[:20] in capsys.readouterr().out
+    assert reason in capsys.readouterr().out
+
+
+# --- what fits where ---
+
+# A node in rotation, and one with all that may be said of it.
+STATUS = {
+    "b200-1": {"rotation": "in", "phase": "serving", "release": "0c1d2e3f4a5b", "image_digest": f"sha256:{'a1' * 32}",
+               "model_revision": "31cba24fb749908a485082bdeed6eb1ac6cffc2f", "driver": "570.211.01", "in_flight": 512,
+               "verified": {"time": "2026-12-01T04:37:00Z", "ok": True, "failed": []}},
+    "b200-in-the-other-hall-2": {
+        "rotation": "drained", "phase": "failed", "release": "9f8e7d6c5b4a", "image_digest": f"sha256:{'b2' * 32}",
+        "model_revision": "41cba24fb749908a485082bdeed6eb1ac6cffc2f", "driver": "580.159.04", "in_flight": 0,
+        "verified": {"time": "2026-12-01T04:37:00Z", "ok": False, "failed": ["completion", "tool_call", "health"]},
+        "reason": "the engine did not become ready within 3600 s"},
+}  # fmt: skip
+COLUMNS = ["NODE", "ROTATION", "PHASE", "RELEASE", "IMAGE", "WEIGHTS", "DRIVER", "IN FLIGHT", "VERIFIED"]
+CELLS = {
+    "b200-1": ["in", "serving", "0c1d2e3f4a5b", "a1" * 6, "31cba24fb749", "570.211.01", "512", "2026-12-01T04:37:00Z"],
+    "b200-in-the-other-hall-2": [
+        *("drained", "failed", "9f8e7d6c5b4a", "b2" * 6, "41cba24fb749", "580.159.04", "0"),
+        "FAILED completion, tool_call, health",
+    ],
+}
+SHOW = """
+import json, sys
+from glm_fleet import tables
+from glm_fleet.view import Screen, State
+state = State("status", ())
+state.facts = {node: {"status": seen} for node, seen in json.loads(sys.argv[1]).items()}
+tables.status(tables.Shown(state, None), Screen())
+"""
+
+
+def at_a_terminal(columns: int) -> str:
+    """What status prints at a real one."""
+    control, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    subprocess.run(
+        [sys.executable, "-c", SHOW, json.dumps(STATUS)],
+        cwd=ROOT,
+        env={**environment, "TERM": "xterm", "NO_COLOR": "1"},
+        stdin=terminal,
+        stdout=terminal,
+        check=True,
+        timeout=60,
+    )
+    os.close(terminal)
+    text = b""
+    with contextlib.suppress(OSError):  # its end
+        while part := os.read(control, 65536):
+            text += part
+    os.close(control)
+    return re.sub(r"\x1b\[[0-9;]*m", "", text.decode()).replace("\r", "")
+
+
+@pytest.mark.parametrize("columns", ["40", "80", ""])
+def test_a_pipe_gets_each_column_in_a_line_a_node(columns: str) -> None:
+    environment = {**os.environ, "COLUMNS": columns} if columns else os.environ
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW, json.dumps(STATUS)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    head, *lines, reason = done.stdout.splitlines()
+    assert re.split(r"  +", head.strip()) == COLUMNS
+    assert [re.split(r"  +", line.strip()) for line in lines] == [[node, *cells] for node, cells in CELLS.items()]
+    # Cut by columns, too: each begins where its head does.
+    assert all(line[head.index("DRIVER") :].startswith(("570", "580")) for line in lines)
+    assert reason == "b200-in-the-other-hall-2: the engine did not become ready within 3600 s"
+
+
+@pytest.mark.parametrize("columns", [80, 60])
+def test_a_narrow_terminal_shows_each_column_too(columns: int) -> None:
+    text = at_a_terminal(columns)
+    lines = text.splitlines()
+    assert all(len(line) <= columns for line in lines[:-2]) and "…" not in text
+    heads = [part for line in lines if line.startswith("NODE") for part in re.split(r"  +", line.strip())]
+    assert [part for part in heads if part != "NODE"] == COLUMNS[1:]
+    words = text.split()
+    assert all(word in words for cells in CELLS.values() for cell in cells for word in cell.split())
+
+
+def test_a_terminal_too_narrow_for_a_word_breaks_it() -> None:
+    text = at_a_terminal(30)
+    assert "…" not in text and all(len(line) <= 30 for line in text.splitlines()[:-2])
+    assert Counter("".join(cell for cells in CELLS.values() for cell in cells)) <= Counter(text)
+
+
+def test_a_wide_terminal_shows_one_table() -> None:
+    head, *lines = at_a_terminal(200).splitlines()
+    assert re.split(r"  +", head.strip()) == COLUMNS and len(lines) == 3
 
 
 # --- wrong calls ---
