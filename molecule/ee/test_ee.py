@@ -74,7 +74,8 @@ def test_the_collection_within_it_serves_a_project_that_has_an_inventory_alone(
     """Its keys lie in the repository, encrypted by Ansible Vault, with the mode that git gives."""
     own = job("inventory/demo")
     keys = own.project / "inventory/demo/api-keys.vault"
-    password = own.file("vault-password", "a password\n")
+    (own.private / "vault").mkdir()
+    password = own.file("vault/password", "a password\n")  # ansible-navigator mounts its folder by itself
     vault = [str(Path(sys.executable).with_name("ansible-vault")), "encrypt", "--vault-password-file", str(password)]
     subprocess.run([*vault, "--output", str(keys)], input=f"{demo.key} alice\n", text=True, check=True)
     keys.chmod(0o644)
