@@ -247,13 +247,18 @@ def test_the_plugin_edits_and_shows_no_key(tmp_path: Path) -> None:
     assert by_name(text)["alice"].key not in done["output"] and OTHER_KEY not in done["output"]
 
 
-def test_an_encrypted_file_is_edited_by_hand(tmp_path: Path) -> None:
-    path, password = tmp_path / "api-keys.txt", tmp_path / "password"
-    api_keys.write(str(path), TEXT)
+def encrypt(path: Path, password: Path) -> None:
+    """By Ansible Vault; git gives such a file back with this mode."""
     password.write_text("secret\n")
     vault = [str(Path(sys.executable).with_name("ansible-vault")), "encrypt", "--vault-password-file", str(password)]
     subprocess.run([*vault, str(path)], check=True, capture_output=True)
-    path.chmod(0o644)  # as git has it
+    path.chmod(0o644)
+
+
+def test_an_encrypted_file_is_edited_by_hand(tmp_path: Path) -> None:
+    path, password = tmp_path / "api-keys.txt", tmp_path / "password"
+    api_keys.write(str(path), TEXT)
+    encrypt(path, password)
     before = path.read_text()
     task = {"glm.fleet.api_keys": {"path": str(path), "edit": "revoke", "name": "alice"}}
     said = run_task(task, "--vault-password-file", str(password), directory=tmp_path)
@@ -331,3 +336,13 @@ def test_the_plugin_reads_a_certificate(tmp_path: Path) -> None:
     assert re.search(r"edge.pem: the certificate expires on \d{4}-\d\d-\d\d, in 1[12] days: renew it", str(warning))
     missing = run_task({"glm.fleet.tls_certificate": {"path": f"{path}.absent"}}, directory=tmp_path)
     assert missing["msg"] == f"{path}.absent: No such file or directory"
+
+
+def test_an_encrypted_certificate_may_have_the_mode_that_git_gives(tmp_path: Path) -> None:
+    path, password = tmp_path / "edge.pem", tmp_path / "password"
+    path.write_text("".join(pem()))
+    path.chmod(0o644)
+    task = {"glm.fleet.tls_certificate": {"path": str(path)}}
+    assert "is open to others (mode 0644)" in str(run_task(task, directory=tmp_path)["msg"])
+    encrypt(path, password)
+    assert run_task(task, "--vault-password-file", str(password), directory=tmp_path)["expires"]
