@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+from ansible_collections.glm.fleet.plugins.plugin_utils.private import Refused
+
 KEY = re.compile(r"[A-Za-z0-9._~+/=-]{20,512}")
 NAME = re.compile(r"(?!sk-)[A-Za-z0-9._-]{1,64}")
 NAMES = "1 to 64 of A-Z a-z 0-9 . _ -, not beginning with sk-, as keys do"
@@ -17,10 +19,6 @@ LINE = "KEY [NAME] [requests_per_minute=N] [concurrent=N] [expires=YYYY-MM-DD]"
 COUNTS = ("requests_per_minute", "concurrent")
 LIMITS = (*COUNTS, "expires")
 VAULT = "$ANSIBLE_VAULT"
-
-
-class Refused(Exception):
-    """What the user has to put right, in one line."""
 
 
 @dataclass(frozen=True)
