@@ -9,9 +9,9 @@ description:
   - Reads the instances of an account by Lambda Cloud's public API, of which it makes one request a run, and two where a
     region or type of the filters is not among the instances.
   - Its file ends in C(lambda_cloud.yml) or C(lambda_cloud.yaml).
-  - A host has the name of its instance, in which other characters than letters, digits, C(.), C(_) and C(-) become C(-).
-    One without a name has its id. Of several with one name each gets C(-) and the first 8 digits of its id, and a line
-    says so.
+  - A host has the name of its instance, in which other characters than letters, digits, C(.), C(_) and C(-) become
+    C(-). One without a name has its id. Of several with one name each gets C(-) and the first 8 digits of its id, and a
+    line says so.
   - Of each host C(ansible_host) is the public address, C(glm_node_address) the private one, and C(lambda_id),
     C(lambda_name), C(lambda_status), C(lambda_region), C(lambda_type), C(lambda_cents_per_hour), C(lambda_hostname),
     C(lambda_tags) (a dictionary), C(lambda_ssh_keys) and C(lambda_file_systems) say what the API does. Its secrets
@@ -91,8 +91,9 @@ options:
     default: []
   known_hosts:
     description:
-      - A file of host keys, as playbooks/launch.yml writes it. For a host whose address is in it, ssh asks this file
-        alone. A relative path begins at the file of this inventory.
+      - A file of host keys, as playbooks/launch.yml writes it. A host whose address is in it is in the group
+        C(lambda_launched), for which C(ansible_ssh_common_args) lets ssh ask this file alone. A relative path begins at
+        the file of this inventory.
     type: str
     default: keys/known_hosts
 """
@@ -125,6 +126,7 @@ from ansible.plugins.inventory import BaseInventoryPlugin, Cacheable, Constructa
 from ansible_collections.glm.fleet.plugins.plugin_utils.lambda_cloud import Api, Unavailable, no_such, read_token
 from ansible_collections.glm.fleet.plugins.plugin_utils.private import Refused
 
+LAUNCHED = "lambda_launched"  # the group of hosts whose key is known
 VARIABLES = {
     "lambda_id": "id",
     "lambda_name": "name",
@@ -249,7 +251,7 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):  # type: i
             host = self.inventory.add_host(f"{host}-{entry['id'][:8]}" if names[host] > 1 else host)
             variables = {name: entry[field] for name, field in VARIABLES.items() if entry.get(field) is not None}
             if entry.get("ip") in known:
-                variables["ansible_ssh_common_args"] = f"-o 'UserKnownHostsFile=\"{self._beside('known_hosts')}\"'"
+                self._trust(host)
             for name, value in variables.items():
                 self.inventory.set_variable(host, name, value)
             for group, role in (("nodes", "node"), ("gateways", "gateway")):
@@ -261,6 +263,14 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):  # type: i
             self._set_composite_vars(self.get_option("compose"), variables, host, strict=strict)
             self._add_host_to_composed_groups(self.get_option("groups"), variables, host, strict=strict)
             self._add_host_to_keyed_groups(self.get_option("keyed_groups"), variables, host, strict=strict)
+
+    def _trust(self, host: str) -> None:
+        """Of a group, so that the user's own group_vars outrank it."""
+        group = self.inventory.add_group(LAUNCHED)
+        self.inventory.set_variable(
+            group, "ansible_ssh_common_args", f"-o 'UserKnownHostsFile=\"{self._beside('known_hosts')}\"'"
+        )
+        self.inventory.add_host(host, group=group)
 
     def _known_hosts(self) -> set[str]:
         """The addresses in the file of host keys."""

@@ -224,7 +224,7 @@ class _Again(Exception):
         self.wait, self.arrived = wait, arrived
 
 
-def retry_after(headers: Mapping[str, str]) -> float:
+def retry_after(headers: Any) -> float:
     """Seconds by the header, which is a number or a date; 0 without one."""
     value = str(headers.get("Retry-After") or "").strip()
     if re.fullmatch(r"\d{1,6}(\.\d+)?", value):

@@ -10,7 +10,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +20,7 @@ TOKEN = "secret_tests_0123456789abcdef.ABCDEFGH"
 JUPYTER = "jupyter-secret-03b7d30d9d3e4d8fa41657bc0d478c1b"
 REGIONS = ["us-east-1", "us-west-1", "us-south-1", "europe-central-1"]
 PRICES = {"gpu_8x_b200_sxm6": 5352, "gpu_1x_h100_sxm5": 429, "cpu_4x_general": 12}
-DEFAULT_RULES = [
+DEFAULT_RULES: list[dict[str, Any]] = [
     {"protocol": "tcp", "port_range": [22, 22], "source_network": "0.0.0.0/0", "description": "Allow SSH"},
     {"protocol": "icmp", "source_network": "0.0.0.0/0", "description": "Allow ping"},
 ]
@@ -165,7 +165,7 @@ class Lambda:
             entry["status"], entry["_gone"] = "terminating", time.monotonic() + self.ends
         return {"terminated_instances": [{k: v for k, v in entry.items() if k[0] != "_"} for entry in found]}
 
-    def patch(self, body: dict[str, Any]) -> None:
+    def patch(self, body: dict[str, Any]) -> dict[str, Any]:
         for rule in body["rules"]:
             ports = rule.get("port_range")
             if not {"protocol", "source_network", "description"} <= set(rule) or len(rule["description"]) > 128:
@@ -173,33 +173,36 @@ class Lambda:
             if (rule["protocol"] == "icmp") != (ports is None):
                 raise Refusal("global/invalid-parameters", "port_range")
         self.rules = body["rules"]
+        return self.ruleset()
 
     def do(self, method: str, path: str, body: Any) -> Any:
-        match method, path:
-            case "GET", "instances":
-                return self.listed()
-            case "GET", "regions":
-                return [{"name": name, "description": "Somewhere, USA"} for name in REGIONS]
-            case "GET", "instance-types":
-                regions = [{"name": name, "description": ""} for name, free in self.capacity.items() if free]
-                return {
-                    name: {"instance_type": type_of(name), "regions_with_capacity_available": regions}
-                    for name in PRICES
-                }
-            case "GET", "ssh-keys":
-                return [{"id": name, "name": name, "public_key": "ssh-ed25519 AAAA"} for name in self.keys]
-            case "GET", "images":
-                families = ("lambda-stack-24-04", "gpu-base-24-04")
-                return [{"family": family, "region": {"name": name}} for family in families for name in REGIONS]
-            case "POST", "instance-operations/launch":
-                return self.launch(body)
-            case "POST", "instance-operations/terminate":
-                return self.terminate(body)
-            case "PATCH", "firewall-rulesets/global":
-                self.patch(body)
-        if path == "firewall-rulesets/global":
-            return {"id": "global", "name": "Default Workspace Global Rules", "rules": self.rules}
-        raise Refusal("global/not-found")
+        known: dict[tuple[str, str], Callable[[], Any]] = {
+            ("GET", "instances"): self.listed,
+            ("GET", "regions"): lambda: [{"name": name, "description": "Somewhere, USA"} for name in REGIONS],
+            ("GET", "instance-types"): self.types,
+            ("GET", "ssh-keys"): lambda: [
+                {"id": name, "name": name, "public_key": "ssh-ed25519 A"} for name in self.keys
+            ],
+            ("GET", "images"): lambda: [
+                {"family": family, "region": {"name": name}}
+                for family in ("lambda-stack-24-04", "gpu-base-24-04")
+                for name in REGIONS
+            ],
+            ("POST", "instance-operations/launch"): lambda: self.launch(body),
+            ("POST", "instance-operations/terminate"): lambda: self.terminate(body),
+            ("GET", "firewall-rulesets/global"): self.ruleset,
+            ("PATCH", "firewall-rulesets/global"): lambda: self.patch(body),
+        }
+        if (method, path) not in known:
+            raise Refusal("global/not-found")
+        return known[method, path]()
+
+    def types(self) -> dict[str, Any]:
+        regions = [{"name": name, "description": ""} for name, free in self.capacity.items() if free]
+        return {name: {"instance_type": type_of(name), "regions_with_capacity_available": regions} for name in PRICES}
+
+    def ruleset(self) -> dict[str, Any]:
+        return {"id": "global", "name": "Default Workspace Global Rules", "rules": self.rules}
 
     def answer(self, method: str, path: str, body: Any, key: str) -> tuple[int, dict[str, str], str] | None:
         """Status, headers and text; None for a connection that ends."""
@@ -214,7 +217,9 @@ class Lambda:
             self.requests.append((method, path, body))
             if key != f"Bearer {TOKEN}":
                 return refusal(Refusal("global/invalid-api-key"))
-            fault = next((f for f in self.faults if f.times and f.method == method and re.fullmatch(f.path, path)), None)
+            fault = next(
+                (f for f in self.faults if f.times and f.method == method and re.fullmatch(f.path, path)), None
+            )
             try:
                 if fault:
                     fault.times -= 1

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.glm.fleet.plugins.action import api_keys, tls_certificate
+from ansible_collections.glm.fleet.plugins.action import tls_certificate
 from ansible_collections.glm.fleet.plugins.filter import keys
 from ansible_collections.glm.fleet.plugins.plugin_utils import key_file, private
 from certificates import pem
