@@ -36,7 +36,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         try:
             networks = [network(text) for text in args["networks"]]
             token = read_token(os.environ.get(ENVIRONMENT, ""), args["api_key_file"], self._loader.get_real_file)
-            api = Api(token, args["api_url"], patience=args["patience"])
+            api = Api(token, args["api_url"], patience=args["patience"], later=True)
             before, after = bring(
                 api, networks, args["port"], args["description"][:LONGEST], check=bool(self._task.check_mode)
             )

@@ -70,7 +70,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         fleet = None
         try:
             token = read_token(os.environ.get(ENVIRONMENT, ""), args["api_key_file"], self._loader.get_real_file)
-            fleet = Fleet(Api(token, args["api_url"], patience=args["patience"]), args, Display().display)
+            fleet = Fleet(Api(token, args["api_url"], patience=args["patience"], later=True), args, Display().display)
             with fleet.alone(check):
                 done = fleet.absent(check) if args["state"] == "absent" else fleet.present(check)
             return {**result, **done}

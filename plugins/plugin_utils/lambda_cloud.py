@@ -26,8 +26,9 @@ from ansible_collections.glm.fleet.plugins.plugin_utils.private import Refused, 
 
 URL = "https://cloud.lambda.ai/api/v1"
 ENVIRONMENT = "LAMBDA_API_KEY"
-# Seconds between two requests: a little more than the limit, since the way to the server is not always as long.
-PACE, LAUNCH_PACE = 1.05, 12.5
+# Seconds from an answer to the next request: from one request to the next it would be less at the server, where the
+# first was longer on its way.
+PACE, LAUNCH_PACE = 1.0, 12.0
 LAUNCH = "instance-operations/launch"
 NO_CAPACITY = f"{LAUNCH}/insufficient-capacity"
 STATUSES = ["booting", "active", "unhealthy", "terminated", "terminating", "preempted"]
@@ -71,16 +72,21 @@ class Api:
 
     token: never part of an error
     patience: seconds for all repetitions of one request
+    later: whether another process of this run may have asked just now, so that the first request has to wait too
     """
 
     next_request = 0.0  # of all objects, as they share the limit
     next_launch = 0.0
 
-    def __init__(self, token: str, url: str = URL, *, patience: float = 60, timeout: float = 20) -> None:
+    def __init__(
+        self, token: str, url: str = URL, *, patience: float = 60, timeout: float = 20, later: bool = False
+    ) -> None:
         parts = urlsplit(url)
         if parts.scheme != "https" and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
             raise Refused(f"{url}: the API key would cross the network in the clear: write https://")
         self._token, self._url, self.patience, self.timeout = token, url.rstrip("/"), patience, timeout
+        if later:
+            Api.next_request = max(Api.next_request, time.monotonic() + PACE)
 
     def instances(self) -> list[dict[str, Any]]:
         """Those of the account, without secrets, in the order of their names."""
@@ -117,11 +123,12 @@ class Api:
         wait = Api.next_launch - time.monotonic()
         if wait > 0:
             time.sleep(wait)
-        Api.next_launch = time.monotonic() + LAUNCH_PACE
         try:
             return str(self.post(LAUNCH, order)["instance_ids"][0])
         except (KeyError, IndexError, TypeError):
             raise Unknown(f"{self._url}/{LAUNCH}: the answer names no instance") from None
+        finally:
+            Api.next_launch = time.monotonic() + LAUNCH_PACE
 
     def terminate(self, ids: Iterable[str]) -> list[dict[str, Any]]:
         """Those that the API says to have terminated. It may be asked twice."""
@@ -166,7 +173,6 @@ class Api:
         wait = Api.next_request - time.monotonic()
         if wait > 0:
             time.sleep(wait)
-        Api.next_request = time.monotonic() + PACE
         try:
             with open_url(
                 where,
@@ -189,6 +195,8 @@ class Api:
             cause = getattr(problem, "reason", problem)
             unsent = isinstance(cause, (ConnectionRefusedError, socket.gaierror))
             raise _Again(f"{where}: {self._said(cause)}", arrived=not unsent) from None
+        finally:
+            Api.next_request = time.monotonic() + PACE
         try:
             return json.loads(text)["data"]
         except (ValueError, KeyError, TypeError):
