@@ -98,6 +98,16 @@ def status(shown: Shown, console: Screen) -> None:
             console.print(f"{node}: {seen['reason']}", style="yellow", soft_wrap=True)
 
 
+def launched(shown: Shown, console: Screen) -> None:
+    """The instances that are there, as playbooks/launch.yml hands them over."""
+    table = grid("NODE", "ADDRESS", "REGION", "TYPE", "HOST KEY")
+    for entry in shown.state.facts.get("localhost", {}).get("launch", {}).get("instances", []):
+        key = Text("known", "green") if entry["host_key"] else Text("compare it", "yellow")
+        table.add_row(entry["name"], entry.get("ip", "-"), entry["region"], entry["type"], key)
+    if table.rows:
+        console.print(table)
+
+
 def checks(shown: Shown, console: Screen) -> None:
     table = grid("NODE", "CHECK", "", "DETAIL")
     for node, facts in shown.state.facts.items():

@@ -43,7 +43,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         except Refused as problem:
             said = str(problem)
             return {**result, "failed": True, "msg": said, "failure": failure("lambda_firewall", said)}
-        diff = {"before": lines(before), "after": lines(after), "before_header": PATH, "after_header": PATH}
+        diff = {"before": text(before), "after": text(after), "before_header": PATH, "after_header": PATH}
         return {**result, "changed": after != before, "diff": diff, "rules": after}
 
 
@@ -100,6 +100,10 @@ def key(rule: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a rule lets through."""
     source = str(rule.get("source_network", ""))
     return rule.get("protocol"), tuple(rule.get("port_range") or ()), source if "/" in source else f"{source}/32"
+
+
+def text(rules: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(f"{line}\n" for line in lines(rules))
 
 
 def lines(rules: Iterable[Mapping[str, Any]]) -> list[str]:

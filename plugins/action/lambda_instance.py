@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import shlex
@@ -13,7 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure
@@ -288,7 +288,7 @@ class Fleet:
             "ssh_key_names": [ssh_key],
             "file_system_names": self.args["file_systems"],
             "tags": [{"key": key, "value": str(value)} for key, value in tags.items()],
-            "user_data": "#cloud-config\n" + yaml.safe_dump(data),
+            "user_data": "#cloud-config\n" + json.dumps(data),
             **({"image": {"family": self.args["image_family"]}} if self.args["image_family"] else {}),
         }
 

@@ -10,7 +10,8 @@ AT_WORK = ("stopping", "starting", "verifying", "rolling_back")
 
 def instance_ids(names: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The ids of hosts by the inventory plugin, since two instances may have one name; else the names themselves."""
-    return [str((hostvars[name] if name in hostvars else {}).get("lambda_id") or name) for name in names]
+    known = {name: hostvars[name] for name in names if name in hostvars}
+    return [str(known.get(name, {}).get("lambda_id") or name) for name in names]
 
 
 def give_back_problems(
@@ -37,20 +38,20 @@ def why_not_idle(
     status: by glm.fleet.node_status
     backends: by gateway the servers that it knows; one that was not reached is missing
     """
-    if unseen := [gateway for gateway in gateways if gateway not in backends]:
-        return f"{', '.join(unseen)} cannot be asked whether it offers the node"
-    if offers := [gateway for gateway, known in backends.items() if known.get(node, {}).get("rotation") == "in"]:
-        return f"{', '.join(offers)} offers it"
-    if held := sum(known.get(node, {}).get("sessions", 0) for known in backends.values()) + (status["in_flight"] or 0):
-        return f"it has {held} requests in flight"
-    if status["phase"] in AT_WORK:
-        return f"a rollout is at work on it (phase {status['phase']})"
-    own = (status["edge"] or {}).get(node, {})
-    if status["unit"] == "active" and status["phase"] != "draining":
-        return f"its engine runs (phase {status['phase'] or 'unknown'})"
-    if not backends and status["unit"] == "active" and own.get("rotation") == "in":
-        return "its own edge offers it"
-    return ""
+    unseen = [gateway for gateway in gateways if gateway not in backends]
+    offers = [gateway for gateway, known in backends.items() if known.get(node, {}).get("rotation") == "in"]
+    held = sum(known.get(node, {}).get("sessions", 0) for known in backends.values()) + (status["in_flight"] or 0)
+    phase, runs = status["phase"], status["unit"] == "active"
+    own = not backends and runs and (status["edge"] or {}).get(node, {}).get("rotation") == "in"
+    reasons = {
+        f"{', '.join(unseen)} cannot be asked whether it offers the node": unseen,
+        f"{', '.join(offers)} offers it": offers,
+        f"it has {held} requests in flight": held,
+        f"a rollout is at work on it (phase {phase})": phase in AT_WORK,
+        f"its engine runs (phase {phase or 'unknown'})": runs and phase != "draining",
+        "its own edge offers it": own,
+    }
+    return next((reason for reason, found in reasons.items() if found), "")
 
 
 class FilterModule:

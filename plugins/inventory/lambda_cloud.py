@@ -182,7 +182,8 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):  # type: i
             except KeyError:
                 pass
         try:
-            found = self._api().instances()
+            # As it is read again, a task of the same run may have asked right before.
+            found = self._api(later=not cache).instances()
         except Unavailable as problem:
             kept = self._expired(key) if caching else None
             if kept is None:
@@ -202,10 +203,11 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):  # type: i
         except KeyError:
             return None
 
-    def _api(self) -> Api:
+    def _api(self, later: bool = False) -> Api:
         value = str(self.get_option("token") or "")
         token = read_token(value, self._beside("token_file"), self.loader.get_real_file)
-        return Api(token, str(self.get_option("api_url")), patience=float(self.get_option("patience")))
+        url, patience = str(self.get_option("api_url")), float(self.get_option("patience"))
+        return Api(token, url, patience=patience, later=later)
 
     def _chosen(self, instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
         regions, types, names = (self.get_option(name) for name in ("regions", "types", "names"))

@@ -125,7 +125,7 @@ class Lambda:
         """As they are now; what begins with _ is the server's own."""
         now = time.monotonic()
         for entry in self.instances:
-            if entry["status"] == "booting" and now >= entry.get("_active", 0):
+            if entry["status"] == "booting" and now >= entry.get("_active", now + 1):
                 entry["status"], entry["ip"] = "active", entry.pop("_ip")
         self.instances = [entry for entry in self.instances if now < entry.get("_gone", now + 1)]
         seen = [entry for entry in self.instances if now >= entry.get("_listed", 0)]

@@ -19,6 +19,7 @@ from ansible_collections.glm.fleet.plugins.plugin_utils.lambda_cloud import Api,
 from ansible_collections.glm.fleet.plugins.plugin_utils.private import Refused
 from lambda_server import DEFAULT_RULES, TOKEN, Fault, Lambda
 
+SPEC: dict[str, dict[str, Any]] = lambda_instance.SPEC  # type: ignore[assignment]
 LAUNCH, LIST, TERMINATE = "instance-operations/launch", "instances", "instance-operations/terminate"
 B200 = "gpu_8x_b200_sxm6"
 
@@ -40,7 +41,7 @@ class Run:
         self.account, self.directory, self.said = account, directory / "keys", list[str]()
 
     def fleet(self, **args: Any) -> Fleet:
-        given = {name: spec.get("default") for name, spec in lambda_instance.SPEC.items()}
+        given: dict[str, Any] = {name: spec.get("default") for name, spec in SPEC.items()}
         given |= {"names": ["b200-1"], "type": B200, "regions": ["us-east-1"], "keys_directory": str(self.directory)}
         given |= {"max_cents_per_hour": 10**6, "poll": 0.05, "capacity_pause": 0.05, "lost_timeout": 1, "patience": 3}
         given |= {"tags": {"glm-role": "node"}, "image_family": "gpu-base-24-04", **args}
@@ -165,7 +166,7 @@ def test_a_region_that_says_to_have_capacity_is_asked_first(run: Run, account: L
 
 
 @pytest.mark.parametrize("bound", [{"capacity_retries": 2}, {"capacity_timeout": 0}])
-def test_capacity_is_given_up_within_a_bound(run: Run, account: Lambda, bound: dict[str, int]) -> None:
+def test_capacity_is_given_up_within_a_bound(run: Run, account: Lambda, bound: dict[str, Any]) -> None:
     account.capacity = dict.fromkeys(account.capacity, 0)
     with pytest.raises(ApiError, match=rf"b200-1: no capacity for {B200} in us-east-1, asked [13] times: run it again"):
         run.present(**bound)
@@ -197,7 +198,7 @@ def test_the_servers_pace_is_kept(account: Lambda, run: Run, monkeypatch: pytest
     assert account.limited == 0 and account.count("POST", LAUNCH) == 2
 
 
-BAD = {
+BAD: dict[str, tuple[dict[str, Any], str]] = {
     "type": ({"type": "gpu_8x_b200"}, "Lambda Cloud has no type gpu_8x_b200: did you mean gpu_8x_b200_sxm6?"),
     "region": ({"regions": ["us-eest-1"]}, "Lambda Cloud has no region us-eest-1: did you mean us-west-1?"),
     "no region": ({"regions": []}, "no region is named: set glm_launch_region to one of europe-central-1, us-east-1"),
