@@ -51,7 +51,12 @@ def read(path: Path, vault_password_file: Path | None = None, *, empty: bool = F
         from ansible.errors import AnsibleError
         from ansible.inventory.manager import InventoryManager
         from ansible.parsing.dataloader import DataLoader
+        from ansible.plugins.loader import init_plugin_loader
+        from ansible.utils.collection_loader import AnsibleCollectionConfig
         from ansible.vars.manager import VariableManager
+
+        if not AnsibleCollectionConfig.collection_finder:  # an inventory plugin may be of a collection
+            init_plugin_loader()
     except Exception as problem:
         raise UsageProblem(f"Ansible's configuration cannot be read: {one_line(problem)}") from problem
 
@@ -88,5 +93,5 @@ def read(path: Path, vault_password_file: Path | None = None, *, empty: bool = F
 
 def _cause(said: str, problem: Exception) -> str:
     """What the first parser that fits the file has against it, in one line."""
-    found = re.search(r"<<< caused by >>>\s*(.*?)(?:\n\n|\Z)", said, re.S)
+    found = re.search(r"<<< caused by >>>\s*(.*?)(?:\nOrigin: <inventory plugin|\n\n|\Z)", said, re.S)
     return one_line(found[1] if found else problem)

@@ -41,10 +41,10 @@ class Inventory:
     def write(self, options: str) -> None:
         (self.directory / "lambda.lambda_cloud.yml").write_text(PLUGIN + options)
 
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, source: Path | None = None) -> subprocess.CompletedProcess[str]:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("LAMBDA_")}
         done = subprocess.run(
-            [BIN / "ansible-inventory", "-i", self.directory / "lambda.lambda_cloud.yml", *arguments],
+            [BIN / "ansible-inventory", "-i", source or self.directory / "lambda.lambda_cloud.yml", *arguments],
             cwd=ROOT, env={**inherited, **self.environment, "COLUMNS": "1000"}, capture_output=True, text=True,
             timeout=120, check=False,
         )  # fmt: skip
@@ -52,8 +52,8 @@ class Inventory:
             assert secret not in done.stdout + done.stderr
         return done
 
-    def listed(self, *arguments: str) -> dict[str, Any]:
-        done = self.run("--list", "--export", *arguments)
+    def listed(self, source: Path | None = None) -> dict[str, Any]:
+        done = self.run("--list", "--export", source=source)
         assert done.returncode == 0, done.stderr
         return dict(json.loads(re.sub(r'\{\s*"__ansible_unsafe": ("(?:[^"\\]|\\.)*")\s*\}', r"\1", done.stdout)))
 
@@ -98,21 +98,26 @@ def test_hosts_have_names_addresses_and_groups_and_no_secret(account: Lambda, in
     assert len(account.requests) == 1
 
 
-@pytest.mark.parametrize(
-    ("options", "hosts"),
-    [
-        ("regions: [us-west-1]", {"b200-2"}),
-        ("types: [gpu_8x_b200_sxm6]", {"b200-1", "by-hand", "7-7"}),
-        ("statuses: [booting]", {"b200-3"}),
-        ("names: ['b200-*', 'gw*']", {"b200-1", "b200-2", "gw-1"}),
-        ("tags: {team: a}", {"b200-1"}),
-        ("tags: {glm-role: ''}", {"b200-1", "b200-2", "gw-1"}),
-    ],
-)
-def test_filters(account: Lambda, inventory: Inventory, options: str, hosts: set[str]) -> None:
+FILTERS = {
+    "regions: [us-west-1]": ["b200-2"],
+    "types: [gpu_8x_b200_sxm6]": ["7-7", "b200-1", "by-hand"],
+    "statuses: [booting]": ["b200-3"],
+    "names: ['b200-*', 'gw*']": ["b200-1", "b200-2", "gw-1"],
+    "tags: {team: a}": ["b200-1"],
+    "tags: {glm-role: ''}": ["b200-1", "b200-2", "gw-1"],
+}
+
+
+def test_filters(account: Lambda, inventory: Inventory) -> None:
+    """Each in a file of its own, whose hosts are in a group of its own."""
     fill(account)
-    inventory.write(options)
-    assert set(inventory.listed()["_meta"]["hostvars"]) == hosts
+    (inventory.directory / "lambda.lambda_cloud.yml").unlink()
+    for number, options in enumerate(FILTERS):
+        text = f"{PLUGIN}{options}\ngroups: {{found_{number}: 'true'}}\n"
+        (inventory.directory / f"{number}.lambda_cloud.yml").write_text(text)
+    found = inventory.listed(source=inventory.directory)
+    assert [sorted(found[f"found_{number}"]["hosts"]) for number in range(len(FILTERS))] == list(FILTERS.values())
+    assert account.limited == 0
 
 
 def test_what_is_composed(account: Lambda, inventory: Inventory) -> None:
@@ -217,12 +222,6 @@ def test_they_are_not_waited_out_for_longer_than_is_set(account: Lambda, invento
     account.faults = [Fault("instances", status=429, headers={"Retry-After": "3600"}, times=9)]
     inventory.write("patience: 2")
     assert inventory.refused().endswith("too many requests (429), waited 2 s for it")
-
-
-@pytest.mark.parametrize("code", ["global/account-inactive", "global/forbidden", "global/invalid-parameters"])
-def test_each_error_is_one_line(account: Lambda, inventory: Inventory, code: str) -> None:
-    account.faults = [Fault("instances", code=code, times=9)]
-    assert f"({code})" in inventory.refused()
 
 
 CACHED = (
