@@ -222,7 +222,7 @@ def account(tmp_path: Path) -> Iterator[tuple[lambda_server.Lambda, dict[str, An
                 "glm_lambda_api_url": account.url,
                 "glm_lambda_api_key_file": str(key),
                 "glm_give_back": ["refusal-1"],
-                "seconds": 120,
+                "seconds": 400,
             },
         )
 
@@ -242,14 +242,14 @@ def test_only_a_drained_node_is_given_back(
     cloud.instances[1]["ip"] = "198.18.66.10"
     assert cloud.count("POST", "instance-operations/terminate") == 0
     try:
-        assert play(playbook="playbooks/drain.yml").code == 0
+        assert play(playbook="playbooks/drain.yml", seconds=400).code == 0
         assert play("--check", **settings).recap("changed") == 1
         assert len(cloud.instances) == 2
         done = play(**settings)
         assert (done.code, done.recap("changed")) == (0, 1), done.messages
         assert [entry["name"] for entry in cloud.instances] == ["other"]
     finally:
-        back = play(playbook="playbooks/undrain.yml", seconds=300)
+        back = play(playbook="playbooks/undrain.yml", seconds=400)
     assert back.code == 0, back.messages
 
 
