@@ -256,6 +256,64 @@ def undrain(nodes: tuple[str, ...], **common: Any) -> None:
     play("undrain", "playbooks/undrain.yml", nodes, **common)
 
 
+@main.command(
+    epilog="\b\nExamples:\n  glm-fleet launch -i inventory/lambda-cloud --count 2 --region us-east-1 --check\n"
+    "  glm-fleet launch -i inventory/lambda-cloud --count 2 --region us-east-1 --accept-cost 107.04"
+)
+@click.option("--count", type=click.IntRange(min=1), metavar="N", help="Nodes that are to be there.  [default: 1]")
+@click.option("--region", metavar="NAME", help="Lambda's region to launch in.")
+@click.option("--type", "kind", metavar="NAME", help="Lambda's type of instance.  [default: 8x B200]")
+@click.option("--accept-cost", type=click.FloatRange(min=0), metavar="USD", help="Do not ask, up to this an hour.")
+@CHECK
+@running
+def launch(
+    *, count: int | None, region: str | None, kind: str | None, accept_cost: float | None, check: bool, **common: Any
+) -> None:
+    """Launch nodes at Lambda Cloud that are not there (playbooks/launch.yml).
+
+    What they cost is said before, and asked for where --accept-cost does not say it.
+    """
+    settings = chosen(glm_launch_count=count, glm_launch_region=region, glm_launch_type=kind)
+    if accept_cost is None and not check:
+        accept_cost = ask_cost(settings, common)
+    settings["glm_launch_accept_cost"] = f"{accept_cost or 0:.2f}"
+    play("launch", "playbooks/launch.yml", (), settings, check=check, empty=True, after=tables.launched, **common)
+
+
+def ask_cost(settings: dict[str, Any], common: dict[str, Any]) -> float:
+    """Dollars an hour that the user says yes to, by a run that only looks. 0 where nothing is to be launched."""
+    read = read_inventory(common["inventory"], common["vault_password_file"], empty=True)
+    arguments = [*vault_arguments(common["vault_password_file"]), "--check"]
+    extra = [*extra_settings(common["extra_vars"]), settings]
+    order = Order("launch", "playbooks/launch.yml", read.path, "", extra, arguments, common["keep"], check=True)
+    state = State(f"glm-fleet launch · {read.name}", ())
+    with tempfile.TemporaryDirectory(prefix="glm-fleet.") as scratch:
+        outcome = execute(order, journal.create(Path(scratch), "launch"), state, silent=True)
+    if outcome.code is not Exit.OK:
+        fail("; ".join(outcome.messages), outcome.code)
+    plan = state.facts.get("localhost", {}).get("launch", {})
+    if not plan.get("launch"):
+        return 0
+    line = f"{', '.join(plan['launch'])} ({plan['type']}, {' or '.join(plan['regions'])}) cost {plan['cost']} an hour"
+    dollars = plan["cents_per_hour"] / 100
+    if not sys.stdin.isatty():
+        fail(f"{line}, which nobody has accepted: --accept-cost {dollars:.2f}", Exit.REFUSED)
+    if not click.confirm(f"{line}, until they are given back. Launch?", err=True):
+        sys.exit(Exit.INTERRUPTED)
+    return float(dollars)
+
+
+@main.command(epilog="\b\nExample:\n  glm-fleet drain node-1 && glm-fleet release -i inventory/lambda-cloud node-1")
+@click.argument("nodes", nargs=-1, required=True, shell_complete=nodes_completion)
+@click.option("--serving", is_flag=True, help="Also nodes that serve, or that are not reached.")
+@CHECK
+@running
+def release(nodes: tuple[str, ...], serving: bool, check: bool, **common: Any) -> None:
+    """Give nodes back to Lambda Cloud that serve nothing; their disks are lost (playbooks/release.yml)."""
+    settings = chosen(glm_give_back=list(nodes), glm_give_back_serving=serving or None)
+    play("release", "playbooks/release.yml", (), settings, check=check, empty=True, **common)
+
+
 @main.group(
     epilog="\b\nExamples:\n  glm-fleet keys list -i inventory/lambda\n  glm-fleet keys revoke -i inventory/lambda alice"
 )
@@ -391,10 +449,10 @@ def report(
     tables.report(target / "report.json", as_json)
 
 
-def read_inventory(path: Path, vault_password_file: Path | None = None) -> Inventory:
+def read_inventory(path: Path, vault_password_file: Path | None = None, *, empty: bool = False) -> Inventory:
     # Of this project, wherever the command is called.
     os.environ.setdefault("ANSIBLE_CONFIG", str(ROOT / "ansible.cfg"))
-    return inventories.read(path, vault_password_file)
+    return inventories.read(path, vault_password_file, empty=empty)
 
 
 def vault_arguments(vault_password_file: Path | None) -> list[str]:
@@ -456,9 +514,10 @@ def play(
     check: bool = False,
     after: Callable[[Shown, Screen], None] | None = None,
     kept: bool = True,
+    empty: bool = False,
 ) -> None:
-    """Runs a playbook and ends with its exit code; with `kept` its journal stays."""
-    read = read_inventory(inventory, vault_password_file)
+    """Runs a playbook and ends with its exit code; with `kept` its journal stays, with `empty` no node is needed."""
+    read = read_inventory(inventory, vault_password_file, empty=empty)
     limit = read.limit(nodes)
     extra = [*extra_settings(extra_vars), settings or {}]
     arguments = vault_arguments(vault_password_file)

@@ -40,8 +40,8 @@ class Inventory:
         return ",".join(names + self.gateways) if names else ""
 
 
-def read(path: Path, vault_password_file: Path | None = None) -> Inventory:
-    """Raises UsageProblem where it is missing, does not parse, or has no nodes."""
+def read(path: Path, vault_password_file: Path | None = None, *, empty: bool = False) -> Inventory:
+    """Raises UsageProblem where it is missing, does not parse, or has no nodes; with `empty` it may have none."""
     if not path.exists():
         raise UsageProblem(f"{path}: there is no such inventory: pass one with -i, such as -i inventory/lambda")
     # Also for the run itself: Ansible goes on without a file that it cannot read.
@@ -51,7 +51,12 @@ def read(path: Path, vault_password_file: Path | None = None) -> Inventory:
         from ansible.errors import AnsibleError
         from ansible.inventory.manager import InventoryManager
         from ansible.parsing.dataloader import DataLoader
+        from ansible.plugins.loader import init_plugin_loader
+        from ansible.utils.collection_loader import AnsibleCollectionConfig
         from ansible.vars.manager import VariableManager
+
+        if not AnsibleCollectionConfig.collection_finder:  # an inventory plugin may be of a collection
+            init_plugin_loader()
     except Exception as problem:
         raise UsageProblem(f"Ansible's configuration cannot be read: {one_line(problem)}") from problem
 
@@ -67,12 +72,12 @@ def read(path: Path, vault_password_file: Path | None = None) -> Inventory:
             groups = manager.get_groups_dict()
     except AnsibleError as problem:
         raise UsageProblem(f"{path}: the inventory does not parse: {_cause(said.getvalue(), problem)}") from problem
-    if not groups.get("nodes"):
+    if not groups.get("nodes") and not empty:
         raise UsageProblem(f"{path}: the inventory has no host in its group nodes: add one, as inventory/lambda shows")
     directory = path if path.is_dir() else path.parent
     own: dict[str, str] = {}
     with suppress(AnsibleError), redirect_stderr(said):  # variables that are encrypted or broken: the run will tell
-        first = manager.get_host(groups["nodes"][0])
+        first = manager.get_host(next(iter(groups.get("nodes", ())), "localhost"))
         seen = VariableManager(loader=loader, inventory=manager).get_vars(host=first)
         own = {name: str(seen.get(name, "")) for name in ("report_inventory_name", "glm_results_dir")}
         own = {name: value for name, value in own.items() if value and "{" not in value}
@@ -81,12 +86,12 @@ def read(path: Path, vault_password_file: Path | None = None) -> Inventory:
         path=path.resolve(),
         name=name,
         results=Path(own.get("glm_results_dir", "results")).expanduser().resolve() / name,
-        nodes=tuple(groups["nodes"]),
+        nodes=tuple(groups.get("nodes", ())),
         gateways=tuple(groups.get("gateways", ())),
     )
 
 
 def _cause(said: str, problem: Exception) -> str:
     """What the first parser that fits the file has against it, in one line."""
-    found = re.search(r"<<< caused by >>>\s*(.*?)(?:\n\n|\Z)", said, re.S)
+    found = re.search(r"<<< caused by >>>\s*(.*?)(?:\nOrigin: <inventory plugin|\n\n|\Z)", said, re.S)
     return one_line(found[1] if found else problem)

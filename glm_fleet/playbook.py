@@ -19,10 +19,11 @@ from glm_fleet import journal
 from glm_fleet.errors import Exit
 
 ROOT = Path(__file__).resolve().parent.parent
-# What ansible-playbook may see of the environment: a token that happens to be in it stays out of the run.
+# What ansible-playbook may see of the environment: a token that happens to be in it stays out of the run. The key of
+# Lambda Cloud is for the inventory plugin of this project.
 KEPT = re.compile(
     r"^(PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_.*|TERM|TMPDIR|TZ|SSH_AUTH_SOCK|VIRTUAL_ENV|COLUMNS|GLM_CACHE"
-    r"|GLM_BENCH_NODES|(?i:https?|no)_(?i:proxy)|ANSIBLE_(?!.*(PASSWORD|TOKEN|SECRET)$).*)$"
+    r"|GLM_BENCH_NODES|LAMBDA_API_(KEY|URL)|(?i:https?|no)_(?i:proxy)|ANSIBLE_(?!.*(PASSWORD|TOKEN|SECRET)$).*)$"
 )
 GRACE = 5.0  # seconds that a stopped ansible-playbook has to end its workers
 # The failures that follow from the stop file, and from --pause.

@@ -133,6 +133,15 @@ def status(shown: Shown, console: Screen) -> None:
             console.print(f"{node}: {seen['reason']}", style="yellow", soft_wrap=True)
 
 
+def launched(shown: Shown, console: Screen) -> None:
+    """The instances that are there, as playbooks/launch.yml hands them over."""
+    table = Grid("NODE", "ADDRESS", "REGION", "TYPE", "HOST KEY")
+    for entry in shown.state.facts.get("localhost", {}).get("launch", {}).get("instances", []):
+        key = Text("known", "green") if entry["host_key"] else Text("compare it", "yellow")
+        table.row(entry["name"], entry.get("ip", "-"), entry["region"], entry["type"], key)
+    table.show(console)
+
+
 def checks(shown: Shown, console: Screen) -> None:
     table = Grid("NODE", "CHECK", "", "DETAIL", keys=2)
     for node, facts in shown.state.facts.items():

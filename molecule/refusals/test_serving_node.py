@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import lambda_server
 import pytest
 import yaml
 from node import MIRROR, Node
@@ -202,6 +204,53 @@ def test_the_first_client_meets_a_warm_engine(node: Node, play: Play, release: s
     back = play(seconds=300)
     assert back.code == 0, back.messages
     assert_serves(node, release)
+
+
+@pytest.fixture
+def account(tmp_path: Path) -> Iterator[tuple[lambda_server.Lambda, dict[str, Any]]]:
+    """One at Lambda Cloud that has the node, and the settings of release.yml."""
+    key = tmp_path / "lambda-api-key"
+    key.write_text(lambda_server.TOKEN)
+    key.chmod(0o600)
+    with lambda_server.running() as account:
+        account.add("other")
+        account.add("refusal-1", ip="198.18.66.10")
+        yield (
+            account,
+            {
+                "playbook": "playbooks/release.yml",
+                "glm_lambda_api_url": account.url,
+                "glm_lambda_api_key_file": str(key),
+                "glm_give_back": ["refusal-1"],
+                "seconds": 400,
+            },
+        )
+
+
+def test_only_a_drained_node_is_given_back(
+    node: Node, play: Play, untouched: None, account: tuple[lambda_server.Lambda, dict[str, Any]]
+) -> None:
+    cloud, settings = account
+    refused = play(**settings)
+    assert refused.code != 0
+    assert refused.line(
+        "refusal-1: its engine runs (phase serving): take it out of service first (playbooks/drain.yml "
+    )
+    cloud.instances[1]["ip"] = "198.51.100.9"  # the host of that name is another machine
+    elsewhere = play(**settings)
+    assert "refusal-1 is 198.18.66.10 in the inventory, and 198.51.100.9 at Lambda" in elsewhere.output
+    cloud.instances[1]["ip"] = "198.18.66.10"
+    assert cloud.count("POST", "instance-operations/terminate") == 0
+    try:
+        assert play(playbook="playbooks/drain.yml", seconds=400).code == 0
+        assert play("--check", **settings).recap("changed") == 1
+        assert len(cloud.instances) == 2
+        done = play(**settings)
+        assert (done.code, done.recap("changed")) == (0, 1), done.messages
+        assert [entry["name"] for entry in cloud.instances] == ["other"]
+    finally:
+        back = play(playbook="playbooks/undrain.yml", seconds=400)
+    assert back.code == 0, back.messages
 
 
 def driver_settings() -> dict[str, Any]:

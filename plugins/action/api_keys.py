@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import stat
-import tempfile
 from typing import Any
 
 from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure
-from ansible_collections.glm.fleet.plugins.plugin_utils.key_file import Refused, edit, is_encrypted, new_key, parse
+from ansible_collections.glm.fleet.plugins.plugin_utils.key_file import edit, new_key, parse
+from ansible_collections.glm.fleet.plugins.plugin_utils.private import Refused, check_private, is_encrypted, write
 
 SPEC = {
     "path": {"type": "path", "required": True},
@@ -56,13 +55,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if not there:
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             write(path, f"{new_key()}\n")
-        encrypted = is_encrypted(path)
-        if not encrypted:
-            check_private(path)
+        check_private(path)
         if args["edit"]:
             with open(path, encoding="utf-8", errors="replace") as file:
                 text = file.read()
-            if encrypted:
+            if is_encrypted(path):
                 raise Refused(
                     f"{path} is encrypted: change it by `ansible-vault edit {path}`, then apply it by "
                     "playbooks/keys.yml (glm-fleet keys apply)"
@@ -85,24 +82,3 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         """The content, decrypted if Ansible Vault has encrypted it."""
         with open(self._loader.get_real_file(path), encoding="utf-8", errors="replace") as file:
             return file.read()
-
-
-def write(path: str, text: str) -> None:
-    """For its owner alone, whole or not at all; a link stays one."""
-    path = os.path.realpath(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=".api-keys.", dir=os.path.dirname(path))
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def check_private(path: str) -> None:
-    mode = stat.S_IMODE(os.stat(path).st_mode)
-    if mode & 0o077:
-        raise Refused(f"{path} is open to others (mode {mode:04o}): chmod 600 {path}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
-from ansible_collections.glm.fleet.plugins.plugin_utils.key_file import is_encrypted
+from ansible_collections.glm.fleet.plugins.plugin_utils.private import is_encrypted
 
 SOON = datetime.timedelta(days=30)
 

@@ -84,8 +84,11 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]
         self._task(result, "unreachable")
 
     def v2_playbook_on_stats(self, stats: Any) -> None:
-        for host, seen in (stats.custom.get("_run", {}).get("status") or {}).items():
+        handed = stats.custom.get("_run", {})
+        for host, seen in (handed.get("status") or {}).items():
             write("fact", host=host, name="status", value=seen)
+        if "launch" in handed:
+            write("fact", host="localhost", name="launch", value=handed["launch"])
         names = ("changed", "failures", "dark", "rescued", "processed")
         write("stats", **{name: dict(getattr(stats, name)) for name in names})
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
-from ansible_collections.glm.fleet.plugins.plugin_utils.key_file import Refused, parse
+from ansible_collections.glm.fleet.plugins.plugin_utils.key_file import parse
+from ansible_collections.glm.fleet.plugins.plugin_utils.private import Refused
 
 
 def edge_keys(text: str, shares: int) -> list[dict[str, Any]]:

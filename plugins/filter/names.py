@@ -147,6 +147,12 @@ def results_problems(directory: str) -> list[str]:
     ]
 
 
+def inventory_directory(sources: Sequence[str]) -> str:
+    """Of the first source, which is a file or a directory; that of the call where there is none."""
+    first = Path(sources[0] if sources else ".").expanduser().absolute()
+    return str(first if first.is_dir() else first.parent)
+
+
 class FilterModule:
     def filters(self) -> dict[str, Callable[..., Any]]:
         return {
@@ -157,4 +163,5 @@ class FilterModule:
             "gateway_problems": gateway_problems,
             "differing_settings": differing_settings,
             "results_problems": results_problems,
+            "inventory_directory": inventory_directory,
         }

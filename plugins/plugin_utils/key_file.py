@@ -10,17 +10,14 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+from ansible_collections.glm.fleet.plugins.plugin_utils.private import Refused
+
 KEY = re.compile(r"[A-Za-z0-9._~+/=-]{20,512}")
 NAME = re.compile(r"(?!sk-)[A-Za-z0-9._-]{1,64}")
 NAMES = "1 to 64 of A-Z a-z 0-9 . _ -, not beginning with sk-, as keys do"
 LINE = "KEY [NAME] [requests_per_minute=N] [concurrent=N] [expires=YYYY-MM-DD]"
 COUNTS = ("requests_per_minute", "concurrent")
 LIMITS = (*COUNTS, "expires")
-VAULT = "$ANSIBLE_VAULT"
-
-
-class Refused(Exception):
-    """What the user has to put right, in one line."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +47,6 @@ class Entry:
         """All but the key."""
         limits = {limit: getattr(self, limit) for limit in LIMITS}
         return {"name": self.name, "digest": self.sha256[:8], **limits, "expires_at": self.expires_at}
-
-
-def is_encrypted(path: str) -> bool:
-    """Whether Ansible Vault has: such a file may be open to all, and lie in a repository."""
-    with open(path, "rb") as file:
-        return file.read(len(VAULT)) == VAULT.encode()
 
 
 def moment(text: str) -> datetime:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.glm.fleet.plugins.action import api_keys, tls_certificate
+from ansible_collections.glm.fleet.plugins.action import tls_certificate
 from ansible_collections.glm.fleet.plugins.filter import keys
-from ansible_collections.glm.fleet.plugins.plugin_utils import key_file
+from ansible_collections.glm.fleet.plugins.plugin_utils import key_file, private
 from certificates import pem
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
@@ -70,7 +70,7 @@ def test_a_line_has_a_name_and_limits() -> None:
     ],
 )
 def test_wrong_files_are_refused_in_one_line_without_a_key(text: str, message: str) -> None:
-    with pytest.raises(key_file.Refused) as refused:
+    with pytest.raises(private.Refused) as refused:
         key_file.parse(text, "F")
     assert message in str(refused.value) and "\n" not in str(refused.value)
     assert KEY not in str(refused.value)
@@ -81,15 +81,15 @@ def test_a_file_open_to_others_is_refused(tmp_path: Path, mode: int) -> None:
     path = tmp_path / "keys"
     path.write_text(KEY)
     path.chmod(mode)
-    with pytest.raises(key_file.Refused, match="chmod 600"):
-        api_keys.check_private(str(path))
+    with pytest.raises(private.Refused, match="chmod 600"):
+        private.check_private(str(path))
 
 
 def test_a_made_key_is_private_random_and_valid(tmp_path: Path) -> None:
     made = []
     for name in ("a", "b"):
         path = tmp_path / name
-        api_keys.write(str(path), f"{key_file.new_key()}\n")
+        private.write(str(path), f"{key_file.new_key()}\n")
         assert path.stat().st_mode & 0o777 == 0o600
         made += [entry.key for entry in key_file.parse(path.read_text(), str(path))]
     assert made[0] != made[1] and all(len(key) == 50 and key.startswith("sk-glm-") for key in made)
@@ -157,13 +157,13 @@ def test_a_rotated_key_may_go_on_for_a_while() -> None:
     ],
 )
 def test_a_wrong_edit_is_refused(action: str, name: str, limits: dict[str, Any], message: str) -> None:
-    with pytest.raises(key_file.Refused) as refused:
+    with pytest.raises(private.Refused) as refused:
         edited(action, name, **limits)
     assert message in str(refused.value) and KEY not in str(refused.value)
 
 
 def test_the_only_key_is_not_taken_away() -> None:
-    with pytest.raises(key_file.Refused, match="alice is the only key of F: rotate it, or add another one first"):
+    with pytest.raises(private.Refused, match="alice is the only key of F: rotate it, or add another one first"):
         edited("revoke", "alice", f"{KEY} alice\n")
 
 
@@ -236,7 +236,7 @@ def test_the_plugin_makes_keys_once_and_shows_none(tmp_path: Path) -> None:
 
 def test_the_plugin_edits_and_shows_no_key(tmp_path: Path) -> None:
     path = tmp_path / "api-keys.txt"
-    api_keys.write(str(path), TEXT)
+    private.write(str(path), TEXT)
     task = {"glm.fleet.api_keys": {"path": str(path), "edit": "rotate", "name": "alice"}}
     promised = run_task(task, "--check", "--diff", directory=tmp_path)
     assert promised["changed"] and path.read_text() == TEXT
@@ -257,7 +257,7 @@ def encrypt(path: Path, password: Path) -> None:
 
 def test_an_encrypted_file_is_edited_by_hand(tmp_path: Path) -> None:
     path, password = tmp_path / "api-keys.txt", tmp_path / "password"
-    api_keys.write(str(path), TEXT)
+    private.write(str(path), TEXT)
     encrypt(path, password)
     before = path.read_text()
     task = {"glm.fleet.api_keys": {"path": str(path), "edit": "revoke", "name": "alice"}}
@@ -274,7 +274,7 @@ def test_an_encrypted_file_is_edited_by_hand(tmp_path: Path) -> None:
 
 def test_a_file_of_keys_that_all_have_expired_is_of_no_use(tmp_path: Path) -> None:
     path = tmp_path / "api-keys.txt"
-    api_keys.write(str(path), f"{KEY} alice expires=2020-01-01\n")
+    private.write(str(path), f"{KEY} alice expires=2020-01-01\n")
     assert "keys" in run_task({"glm.fleet.api_keys": {"path": str(path)}}, directory=tmp_path)
     said = run_task({"glm.fleet.api_keys": {"path": str(path), "usable": True}}, directory=tmp_path)
     assert said["msg"] == f"{path}: each key has expired: add one with glm-fleet keys add NAME"
@@ -296,7 +296,7 @@ def test_no_key_is_made_where_it_would_be_lost(tmp_path: Path) -> None:
             "credential (docs/awx.md)"
         )
         assert said["failure"]["nothing_changed"] and not path.exists()
-    api_keys.write(str(path), f"{KEY} alice\n")
+    private.write(str(path), f"{KEY} alice\n")
     assert not run_task(task, directory=tmp_path)["changed"]
 
 
