@@ -84,7 +84,7 @@ class Lambda:
         self.pace, self.launch_pace = 0.0, 0.0  # seconds between two requests; 0 for no limit
         self.boots = 0.0  # seconds until a launched instance is active
         self.hidden = 0.0  # seconds until it is listed
-        self.ends = 0.0  # seconds until a terminated one is gone
+        self.ends = 0.0  # seconds until a terminated one is gone, once it was listed as it goes
         self.limited = 0  # answers 429 by the limits
         self.user_data: dict[str, str] = {}
         self._last, self._last_launch = 0.0, 0.0
@@ -128,6 +128,9 @@ class Lambda:
             if entry["status"] == "booting" and now >= entry.get("_active", now + 1):
                 entry["status"], entry["ip"] = "active", entry.pop("_ip")
         self.instances = [entry for entry in self.instances if now < entry.get("_gone", now + 1)]
+        for entry in self.instances:
+            if entry["status"] == "terminating":
+                entry.setdefault("_gone", now + self.ends)
         seen = [entry for entry in self.instances if now >= entry.get("_listed", 0)]
         return [{name: value for name, value in entry.items() if not name.startswith("_")} for entry in seen]
 
@@ -162,7 +165,9 @@ class Lambda:
         if len(found) != len(body["instance_ids"]):
             raise Refusal("global/object-does-not-exist")
         for entry in found:
-            entry["status"], entry["_gone"] = "terminating", time.monotonic() + self.ends
+            entry["status"] = "terminating"
+            if not self.ends:
+                entry["_gone"] = time.monotonic()
         return {"terminated_instances": [{k: v for k, v in entry.items() if k[0] != "_"} for entry in found]}
 
     def patch(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -280,7 +280,7 @@ def dollars(cents: int) -> str:
 def read_token(value: str, path: str, reader: Callable[[str], str]) -> str:
     """The API key: what is given, else the file's; never in an error.
 
-    path: a file that its owner alone can read; empty for none
+    path: a file that its owner alone can read, or that Ansible Vault has encrypted; empty for none
     reader: from a path to that of the decrypted file, as Ansible's loader has it
     """
     where = "token"

@@ -262,7 +262,7 @@ def test_only_what_is_named_is_given_back(run: Run, account: Lambda) -> None:
     account.add("other")
     run.present(names=["b200-1", "b200-2"])
     ip = account.instances[1]["ip"]
-    account.ends = 1.5
+    account.ends = 0.5
     done = run.absent(names=["b200-1"])
     assert (done["terminate"], done["changed"]) == (["b200-1"], True)
     assert [entry["name"] for entry in account.instances] == ["other", "b200-2"]

@@ -113,12 +113,17 @@ def test_nodes_are_launched_after_a_yes_and_given_back_by_name(account: Lambda, 
     assert [entry["name"] for entry in account.instances] == ["other"]
 
 
-def test_a_misspelled_setting_launches_nothing(account: Lambda, controller: Controller) -> None:
+def test_what_cannot_be_launched_or_remembered_is_one_line(account: Lambda, controller: Controller) -> None:
     done = controller.play("launch", *REGION, "-e", "glm_launch_acept_cost=1")
     assert refusals(done) == ["glm_launch_acept_cost: there is no such setting: did you mean glm_launch_accept_cost?"]
     done = controller.play("launch", *REGION, "-e", "glm_launch_accept_cost=yes")
     assert refusals(done) == [
         "glm_launch_accept_cost: yes is no number of dollars an hour: -e glm_launch_accept_cost=53.52"
+    ]
+    done = controller.play("launch", *REGION, "-e", "glm_launch_accept_cost=60", "-e", "awx_job_id=1")
+    assert refusals(done) == [
+        "nothing was launched: the host keys of b200-1 would be lost with this job: launch from a controller whose "
+        "files stay, or set glm_ephemeral_controller to false"
     ]
     assert account.count("POST", LAUNCH) == 0
 
