@@ -15,14 +15,15 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(VENV)/.done: requirements.txt requirements-test.txt
+$(VENV)/.done: requirements.txt requirements-test.txt requirements-uv.txt
 	@echo "==> Python environment in $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "make: $(PYTHON) is older than 3.11: set PYTHON=python3.11 or newer" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || molecule/shared/docker-engine up # brings python3-venv
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet -r requirements-test.txt
-	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@$(BIN)/pip install --quiet -r requirements-uv.txt
+	@tools/uv pip install --quiet --require-hashes -r requirements-test.txt
+	@tools/uv pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 .PHONY: venv
@@ -32,13 +33,17 @@ venv: $(VENV)/.done ## Make the Python environment, with the Ansible collections
 engine: ## Provide a Docker engine where there is none
 	@molecule/shared/docker-engine up
 
+.PHONY: set-up
+set-up: # Both at once: one downloads while the other unpacks.
+	@$(MAKE) --no-print-directory -j2 venv engine
+
 # The engine of the demo: vllm or sglang.
 ENGINE ?= vllm
 DEMO_IMAGES_vllm := engine
 DEMO_IMAGES_sglang := engine sglang
 
 .PHONY: demo
-demo: venv engine ## Turn a bare node in a container into a verified endpoint (ENGINE=sglang: with SGLang)
+demo: set-up ## Turn a bare node in a container into a verified endpoint (ENGINE=sglang: with SGLang)
 	@test -n "$(DEMO_IMAGES_$(ENGINE))" || { echo "make: there is no ENGINE=$(ENGINE): vllm or sglang" >&2; exit 2; }
 	@echo "==> Test images"
 	@molecule/shared/build-images node-debian13:driver-570 mirror model $(DEMO_IMAGES_$(ENGINE))
@@ -73,7 +78,7 @@ sanity: venv ## ansible-test sanity over the collection as it is built
 	@tests/run sanity
 
 .PHONY: test
-test: venv engine programs ## Everything that proves the project on one machine
+test: set-up programs ## Everything that proves the project on one machine
 	@tests/run
 
 .PHONY: upstream
@@ -151,7 +156,7 @@ ee-test: venv engine ## Build it on the testbed's Debian, and run it as AWX does
 	@tests/run ee
 
 .PHONY: figures
-figures: venv engine ## Measure the demo, and write what was measured here into README.md and docs/testing.md
+figures: venv engine ## Measure the demo, and write what was measured here into README.md and docs/
 	@tools/figures.py
 
 .PHONY: clean

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the figures of README.md and docs/testing.md from what was measured in this clone.
+"""Writes the figures of README.md, docs/figures.md and docs/testing.md from what was measured in this clone.
 
 Measures the demo itself: from bare, converged, verify alone. The suites' figures come from what `make fleet`,
 `make faults` and `make bench-fleet` left under results/; those of a suite that has not run here stay as they are.
@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-FILES = ("README.md", "docs/testing.md")
+FILES = ("README.md", "docs/figures.md", "docs/testing.md")
 TABLE = re.compile(r"(<!-- bench -->\n)(?:\|.*\n)*")
 
 FIGURES: dict[str, Callable[[], str]] = {}

@@ -1,15 +1,17 @@
-"""What the images that are made of pinned wheels share: fetch them once, and build only what has changed.
+"""What the images that are made of pinned wheels share: install them by uv, and build only what has changed.
 
-Wheels are fetched on this host, by its own pip with its own settings, into $GLM_CACHE/wheels (GLM_CACHE:
-~/.cache/glm-fleet); the builds themselves need no index. TORCH_INDEX names where PyTorch's CPU builds are, for a host
-whose pip settings do not lead to them.
+Wheels are fetched on this host, with its pip's own settings, into uv's cache in $GLM_CACHE (~/.cache/glm-fleet); the
+builds themselves need no index. TORCH_INDEX names where PyTorch's CPU builds are, for a host whose pip settings do not
+lead to them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
+import platform
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +19,15 @@ from pathlib import Path
 CACHE = Path(os.environ.get("GLM_CACHE", Path.home() / ".cache/glm-fleet"))
 TORCH_INDEX = os.environ.get("TORCH_INDEX", "https://download.pytorch.org/whl/cpu")
 LABEL = "glm-fleet.inputs"
-TARGET = ["--python-version", "3.11", "--only-binary=:all:", "--no-deps", "--disable-pip-version-check", "-q"]
+# Of Debian 12, which the engines' images stand on.
+PYTHON = ["--python-version", "3.11", "--python-platform", f"{platform.machine()}-manylinux_2_36"]
+UV = Path(__file__).resolve().parents[2] / "tools/uv"
+# A build that is ended takes its scratch directory away, as one that fails does.
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("images · error: ended"))
 
 
 def say(image: str, text: str) -> None:
-    print(f"images · {image} · {text}", flush=True)
+    print(f"images · {image} · {text}\n", end="", flush=True)  # one write: others print beside it
 
 
 def run(*command: str | Path) -> None:
@@ -49,29 +55,21 @@ def hash_of(*inputs: Path | str) -> str:
     return digest.hexdigest()[:16]
 
 
-def fetch_wheels(pip: str, requirements: Path) -> Path:
-    """Every pinned wheel in the cache; asks the index only for what is missing."""
-    wheels = CACHE / "wheels"
-    wheels.mkdir(parents=True, exist_ok=True)
-    held = {"-".join(path.name.split("-")[:2]).lower() for path in wheels.glob("*.whl")}
-    pins = [line for line in requirements.read_text().splitlines() if "==" in line]
-    missing = [pin for pin in pins if re.sub("[-.]", "_", pin.split("==")[0]) + "-" + pin.split("==")[1] not in held]
-    if not missing:
-        return wheels
-    say("wheels", f"fetching {len(missing)}")
-    command = [pip, "download", *TARGET, "-d", str(wheels)]
-    ordinary = [pin for pin in missing if not pin.startswith("torch==")]
-    if ordinary:
-        run(*command, *ordinary)
-    if len(ordinary) < len(missing):
-        torch = next(pin for pin in missing if pin.startswith("torch=="))
-        if subprocess.run([*command, torch], capture_output=True, check=False).returncode != 0:
-            run(*command, "--index-url", TORCH_INDEX, torch)
-    return wheels
-
-
-def install(pip: str, requirements: Path, site: Path) -> None:
-    """The pinned wheels, unpacked under `site`."""
-    wheels = fetch_wheels(pip, requirements)
-    where = ["--no-index", "--find-links", str(wheels), "--target", str(site)]
-    run(pip, "install", *TARGET, *where, "--no-compile", "-r", requirements)
+def install(requirements: Path, site: Path) -> None:
+    """The pinned wheels, unpacked under `site`. Its files are links into uv's cache: replace, never rewrite them."""
+    command = [
+        UV,
+        "pip",
+        "install",
+        "--quiet",
+        "--only-binary=:all:",
+        "--no-deps",
+        *PYTHON,
+        "--target",
+        site,
+        "-r",
+        requirements,
+    ]
+    if subprocess.run(list(map(str, command)), capture_output=True, check=False).returncode != 0:
+        shutil.rmtree(site, ignore_errors=True)
+        run(*command, "--index", TORCH_INDEX, "--index-strategy", "unsafe-best-match")

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 from xml.etree import ElementTree
@@ -352,6 +353,27 @@ def test_modules_that_cannot_be_loaded(kernel: Path) -> None:
 def test_images_are_built_after_what_they_stand_on() -> None:
     images = load(SHARED / "build-images", "standin_build_images")
     order = images.selection(["node-ubuntu2404:driver-570"])
-    assert order == ["base", "node-ubuntu2404", "node-debian13", "mirror", "node-ubuntu2404:driver-570"]
+    assert list(order) == ["base", "node-ubuntu2404", "node-debian13", "mirror", "node-ubuntu2404:driver-570"]
+    assert order["mirror"] == ["node-debian13"]
     with pytest.raises(SystemExit, match="no image 'nodes'"):
         images.selection(["nodes"])
+
+
+def test_builds_run_side_by_side_and_none_begins_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = load(SHARED / "build-images", "standin_build_images")
+    together = threading.Barrier(2)
+    begun = []
+
+    def make(name: str) -> None:
+        begun.append(name)
+        if name in {"one", "two"}:
+            together.wait(timeout=20)
+        if name == "two":
+            sys.exit("images · two · error")
+
+    monkeypatch.setattr(images, "make", make)
+    images.make_all({"base": [], "node": ["base"], "mirror": ["node"]})
+    assert begun == ["base", "node", "mirror"]
+    with pytest.raises(SystemExit, match="images · two · error"):
+        images.make_all({"one": [], "two": [], "three": ["two"]})
+    assert set(begun[3:]) == {"one", "two"}

@@ -25,10 +25,12 @@ def test_ruff_reads_every_program() -> None:
 
 
 def test_every_installed_package_is_pinned() -> None:
-    pins = "\n".join((ROOT / name).read_text() for name in ("requirements.txt", "requirements-test.txt"))
+    pins = "\n".join(
+        (ROOT / name).read_text() for name in ("requirements.txt", "requirements-test.txt", "requirements-uv.txt")
+    )
     pinned = {re.sub(r"[-_.]+", "-", name).lower() for name in re.findall(r"^([\w.-]+)==", pins, re.M)}
     installed = {re.sub(r"[-_.]+", "-", package.metadata["Name"]).lower() for package in metadata.distributions()}
     assert installed - pinned <= {"pip", "glm-fleet"}
-    # Whatever an index answers, pip installs these files alone.
+    # Whatever an index answers, pip and uv install these files alone.
     bare = re.findall(r"^[\w.-]+==\S+(?: ;[^\\\n]*)?(?! *\\\n +--hash=)$", pins, re.M)
     assert bare == []
