@@ -43,7 +43,7 @@ class Run:
     def fleet(self, **args: Any) -> Fleet:
         given: dict[str, Any] = {name: spec.get("default") for name, spec in SPEC.items()}
         given |= {"names": ["b200-1"], "type": B200, "regions": ["us-east-1"], "keys_directory": str(self.directory)}
-        given |= {"max_cents_per_hour": 10**6, "poll": 0.05, "capacity_pause": 0.05, "lost_timeout": 1, "patience": 3}
+        given |= {"max_cents_per_hour": 10**6, "poll": 0.05, "capacity_pause": 0.05, "lost_timeout": 60, "patience": 3}
         given |= {"tags": {"glm-role": "node"}, "image_family": "gpu-base-24-04", **args}
         return Fleet(Api(TOKEN, self.account.url, patience=given["patience"], timeout=5), given, self.said.append)
 
@@ -146,7 +146,7 @@ def test_a_run_that_was_killed_in_the_middle_of_an_order_looks_first(run: Run, a
         order = fleet._order("b200-1", "ops")
     account.hidden = 0.5  # it is not listed yet as the next run begins
     account.launch({**order, "region_name": "us-east-1"})
-    run.present(lost_timeout=5)
+    run.present()
     assert len(account.instances) == 1 and account.count("POST", LAUNCH) == 0
 
 
