@@ -42,7 +42,8 @@ def test_a_file_falls_to_each_node_in_turn(nodes: int) -> None:
 def test_each_file_is_one_nodes_duty_whoever_is_gone() -> None:
     plan = Plan(SIZES, 8)
     everything = set(range(len(SIZES)))
-    for gone in ({}, {3}, {0, 1, 2}, {1, 2, 3, 4, 5, 6, 7}):
+    nobody: set[int] = set()
+    for gone in (nobody, {3}, {0, 1, 2}, {1, 2, 3, 4, 5, 6, 7}):
         duties = [plan.duties(node, everything, (), gone) for node in range(8) if node not in gone]
         assert sorted(itertools.chain(*duties)) == sorted(everything)
 

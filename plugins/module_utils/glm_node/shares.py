@@ -8,7 +8,6 @@ and at every run; what the nodes have by now, and who is gone, is what the calls
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Optional
 
 
 class Plan:
@@ -53,20 +52,31 @@ class Plan:
             )
         return self._orders[node]
 
-    def duties(self, node: int, missing: Collection[int], held: Collection[int], gone: Collection[int]) -> list[int]:
-        """What a node has to bring from the hub: missing here, held by no peer, and those before it are gone."""
-        return sorted(
-            (
-                file
-                for file in missing
-                if file not in held and node == next(heir for heir in self.heirs(file) if heir not in gone)
-            ),
-            key=lambda file: (self.rank[file], file),
-        )
+    def duties(
+        self,
+        node: int,
+        missing: Collection[int],
+        held: Collection[int],
+        gone: Collection[int],
+        passed_over: Mapping[int, Collection[int]] | None = None,
+    ) -> list[int]:
+        """What a node has to bring from the hub: missing here, held by no peer, and nobody is left before it.
+
+        Those who are gone bring nothing; those who are passed over for a file do not bring that one.
+        """
+        passed_over = passed_over or {}
+
+        def first(file: int) -> int:
+            return next(
+                (heir for heir in self.heirs(file) if heir not in gone and heir not in passed_over.get(file, ())), node
+            )
+
+        mine = (file for file in missing if file not in held and first(file) == node)
+        return sorted(mine, key=lambda file: (self.rank[file], file))
 
     def pick(
         self, node: int, missing: Collection[int], holders: Mapping[int, Collection[int]], busy: Collection[int]
-    ) -> Optional[tuple[int, int]]:  # noqa: UP045 the nodes' Python 3.9
+    ) -> tuple[int, int] | None:
         """The next file to fetch and the peer to fetch it from; None where no peer that is not busy has one."""
         for file in self.order(node):
             if file not in missing:
