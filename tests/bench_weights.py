@@ -1,0 +1,373 @@
+#!/usr/bin/env python3
+"""`make bench-weights`: a checkpoint to eight nodes at once, against one node alone.
+
+bench_weights.py [--simulate] [--only NAME] [--write]     --write puts the tables into docs/weights-bench.md
+
+Each node is a network namespace with a link of a limited rate (tc), in which the role's own program and nginx run, with
+the role's configuration. The hub is a server of this file that limits each address, as hubs do; its client is the real
+one. All of it goes over the node's one link, the hub's bytes too. Rates are a 500th of real ones, so that two cores
+carry it. Fails where a budget is not kept. Needs root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / path) for path in ("tests/unit", "plugins/module_utils", "collections", ".")]
+from ansible_collections.glm.fleet.plugins.modules.hub_manifest import build_manifest  # noqa: E402
+from small_hub import DOCKER, REPO, REVISION  # noqa: E402
+
+PROGRAM = ROOT / "roles/model_weights/files/weights-fetch"
+NGINX = os.environ.get("NGINX") or shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") or "nginx"
+PREFIX = "glmbench"  # of all namespaces
+NETWORK = "198.18.77"
+HUB = f"{NETWORK}.2"
+PORT = 8004
+NODES = 8
+HUB_RATE = 2_000_000  # bytes a second for an address
+SHARDS, SHARD = 141, 1_360_000  # as many as the real checkpoint has
+
+
+# --- the hub ----------------------------------------------------------------------------------------------
+
+
+class Bucket:
+    """Bytes a second, for all that takes from it."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self.free_at = time.monotonic()
+        self.lock = threading.Lock()
+
+    def take(self, count: int) -> None:
+        with self.lock:
+            self.free_at = max(self.free_at, time.monotonic()) + count / self.rate
+            wait = self.free_at - time.monotonic()
+        if wait > 0:
+            time.sleep(wait)
+
+
+class Hub(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        super().__init__((HUB, 80), Handler)
+        self.files = files
+        self.etags = {path: hashlib.sha256(content).hexdigest() for path, content in files.items()}
+        self.buckets: dict[str, Bucket] = {}
+        self.sent = 0
+        self.lock = threading.Lock()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def log_message(self, *_args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        hub = self.server
+        if self.path == "/sent":
+            body = str(hub.sent).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+            return
+        path = self.path.removeprefix(f"/{REPO}/resolve/{REVISION}/")
+        content = hub.files.get(path)
+        self.send_response(404 if content is None else 200)
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.send_header("ETag", f'"{hub.etags.get(path, "")}"')
+        self.send_header("X-Repo-Commit", REVISION)
+        self.end_headers()
+        if self.command == "HEAD" or content is None:
+            return
+        with hub.lock:
+            bucket = hub.buckets.setdefault(self.client_address[0], Bucket(HUB_RATE))
+        with suppress(OSError):
+            for start in range(0, len(content), 16384):
+                piece = content[start : start + 16384]
+                bucket.take(len(piece))
+                self.wfile.write(piece)
+                with hub.lock:
+                    hub.sent += len(piece)
+
+
+def model() -> dict[str, bytes]:
+    """The same at each call."""
+    chance = random.Random(1)
+    names = [f"model-{n:05}-of-{SHARDS:05}.safetensors" for n in range(1, SHARDS + 1)]
+    files = {name: chance.randbytes(SHARD + chance.randrange(20_000)) for name in names}
+    files["model.safetensors.index.json"] = json.dumps({"weight_map": {name: name for name in names}}).encode()
+    return files
+
+
+def manifest(files: dict[str, bytes]) -> dict[str, Any]:
+    entries = []
+    for path, content in files.items():
+        entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content)}
+        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content)}
+        entries.append(entry)
+    return build_manifest(REPO, REVISION, entries)
+
+
+# --- namespaces -------------------------------------------------------------------------------------------
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True)
+
+
+@contextmanager
+def network(lan_rate: float) -> Iterator[None]:
+    """A bridge, the hub with a link without limits, and the nodes with links of `lan_rate` bytes a second each way."""
+    bridge = f"{PREFIX}-lan"
+    names = [bridge, f"{PREFIX}-hub", *(f"{PREFIX}-{node}" for node in range(NODES))]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        ip("-n", bridge, "link", "add", "br0", "type", "bridge")
+        ip("-n", bridge, "link", "set", "br0", "up")
+        for place, name in enumerate(names[1:]):
+            port = f"p{place}"
+            ip("-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", bridge)
+            ip("-n", name, "addr", "add", f"{HUB if place == 0 else address(place - 1)}/24", "dev", "eth0")
+            ip("-n", bridge, "link", "set", port, "master", "br0", "up")
+            ip("-n", name, "link", "set", "eth0", "up")
+            if place:
+                for where, device in ((name, "eth0"), (bridge, port)):
+                    shape = ["tbf", "rate", f"{lan_rate * 8 / 1000:.0f}kbit", "burst", "128kb", "latency", "100ms"]
+                    inside = ["ip", "netns", "exec", where, "tc", "qdisc", "add", "dev", device, "root", *shape]
+                    subprocess.run(inside, check=True)
+        yield
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], check=False, stderr=subprocess.DEVNULL)
+
+
+def address(node: int) -> str:
+    return f"{NETWORK}.{10 + node}"
+
+
+@contextmanager
+def hub() -> Iterator[None]:
+    argv = ["ip", "netns", "exec", f"{PREFIX}-hub", sys.executable, __file__, "--hub"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout and process.stdout.readline().strip() == "ready"
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def sent() -> int:
+    """Bytes of files that the hub has sent."""
+    ask = f"import urllib.request as r; print(r.urlopen('http://{HUB}/sent').read().decode())"
+    argv = ["ip", "netns", "exec", f"{PREFIX}-hub", sys.executable, "-c", ask]
+    return int(subprocess.run(argv, check=True, capture_output=True, text=True).stdout)
+
+
+# --- nodes ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Node:
+    place: int
+    path: Path
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"node{self.place + 1}"
+
+    @property
+    def models(self) -> Path:
+        return self.path / "models"
+
+    @property
+    def log(self) -> str:
+        return (self.path / "log").read_text()
+
+    def enter(self, *argv: str | Path, log: str) -> subprocess.Popen[bytes]:
+        environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
+        environment |= {"PATH": f"{self.path}/bin:{os.environ['PATH']}", "DOCKER_LOG": f"{self.path}/docker.log"}
+        environment["PYTHONPATH"] = str(ROOT / "plugins/module_utils")
+        with (self.path / log).open("ab") as stream:
+            process = subprocess.Popen(
+                ["ip", "netns", "exec", f"{PREFIX}-{self.place}", *argv],
+                stdout=stream,
+                stderr=stream,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
+            )
+        self.processes.append(process)
+        return process
+
+    def prepare(self, files: dict[str, Any], names: Sequence[str], lie: str = "") -> None:
+        """The role's files, with nginx where there are others. `lie` is a file of which it gives a wrong byte."""
+        for directory in (self.path / "bin", self.path / "run", self.models):
+            directory.mkdir(parents=True)
+        docker = self.path / "bin/docker"
+        docker.write_text(DOCKER)
+        docker.chmod(0o755)
+        addresses = {name: address(place) for place, name in enumerate(names)}
+        config = {
+            "repo": REPO,
+            "revision": REVISION,
+            "endpoint": f"http://{HUB}",
+            "image": "vllm/vllm-openai@sha256:" + "a" * 64,
+            "directory": str(self.models),
+            "manifest": files,
+            "share": {"name": self.name, "addresses": addresses, "port": PORT} if len(names) > 1 else {},
+        }
+        (self.path / "weights.json").write_text(json.dumps(config))
+        if len(names) == 1:
+            return
+        template = (ROOT / "templates/weights-share.conf.j2").read_text()
+        environment = jinja2.Environment(trim_blocks=True, autoescape=False)  # noqa: S701 no HTML
+        environment.filters["comment"] = lambda text: f"# {text}"
+        text = environment.from_string(template).render(
+            ansible_managed="bench",
+            __model_weights_share_runtime=self.path / "run",
+            __model_weights_model_directory=self.models,
+            model_weights_share_addresses=addresses,
+            model_weights_share_name=self.name,
+            model_weights_share_port=PORT,
+            model_weights_share_connections=16,
+            model_weights_share_rate=0,
+        )
+        if lie:
+            wrong = f"location = /{REVISION}/files/{lie} {{ alias {self.path}/wrong; }}\n    location / {{"
+            text = text.replace("location / {", wrong)
+        (self.path / "nginx.conf").write_text(text.replace("daemon off;", "daemon off;\nuser root;"))
+        self.enter(NGINX, "-p", self.path, "-c", self.path / "nginx.conf", log="nginx.log")
+
+    def start(self) -> subprocess.Popen[bytes]:
+        return self.enter(sys.executable, "-B", PROGRAM, self.path / "weights.json", log="log")
+
+    def kill(self) -> None:
+        """All of it, at once, as a machine that is lost."""
+        for process in self.processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, 9)
+            process.wait()
+
+    def complete(self, files: dict[str, Any]) -> bool:
+        return all((self.models / REVISION / item["path"]).stat().st_size == item["size"] for item in files["files"])
+
+
+@dataclass
+class Result:
+    seconds: float
+    hub_share: float
+    logs: str
+
+
+def run(nodes: int, lan_rate: float, kill_after: float = 0, lie: bool = False, serving: int = 0) -> Result:
+    """The checkpoint to nodes of which the first `serving` ones have it; the last one is killed, or gives a wrong byte."""
+    with ExitStack() as stack:
+        where = "/dev/shm" if shutil.disk_usage("/dev/shm").free > 4e9 else None  # noqa: S108
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=where, prefix="bench-weights-")))
+        content = model()
+        files = manifest(content)
+        stack.enter_context(network(lan_rate))
+        stack.enter_context(hub())
+        fleet = [Node(place, path / f"node{place + 1}") for place in range(nodes)]
+        for node in fleet:
+            stack.callback(node.kill)
+        names = [node.name for node in fleet]
+        for node in fleet:
+            wrong = ""
+            if lie and node is fleet[-1]:
+                wrong = files["files"][nodes - 1]["path"]
+                node.path.mkdir()
+                (node.path / "wrong").write_bytes(b"\0" + content[wrong][1:])
+            node.prepare(files, names, wrong)
+        for node in fleet[:serving]:
+            have = node.models / REVISION
+            have.mkdir()
+            for name, data in content.items():
+                (have / name).write_bytes(data)
+            (have / ".glm-manifest.json").write_text(json.dumps(files))
+        del content
+        time.sleep(1)
+        began = time.monotonic()
+        running = {node.name: node.start() for node in fleet[serving:]}
+        if kill_after:
+            time.sleep(kill_after)
+            fleet[-1].kill()
+            del running[fleet[-1].name]
+        for name, process in running.items():
+            code = process.wait(timeout=900)
+            if code:
+                raise SystemExit(f"bench_weights: {name} ended with {code}:\n{path.joinpath(name, 'log').read_text()}")
+        seconds = time.monotonic() - began
+        for node in fleet:
+            if node.name in running and not node.complete(files):
+                raise SystemExit(f"bench_weights: {node.name} lacks files")
+        logs = "".join(f"== {node.name}\n{node.log}" for node in fleet if node.name in running)
+        return Result(seconds, sent() / files["total_bytes"], logs)
+
+
+def serve_hub() -> None:
+    with Hub(model()) as server:
+        print("ready", flush=True)
+        server.serve_forever(poll_interval=0.1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="A checkpoint to eight nodes at once, against one node alone.")
+    parser.add_argument("--hub", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--only", help="one run, by its name, with the log of its nodes")
+    options = parser.parse_args()
+    if options.hub:
+        serve_hub()
+        return 0
+    half = 0.2 * SHARDS * SHARD / HUB_RATE
+    runs: dict[str, dict[str, Any]] = {
+        "alone": {"nodes": 1, "lan_rate": 3 * HUB_RATE},
+        "lan3": {"nodes": NODES, "lan_rate": 3 * HUB_RATE},
+        "lan1": {"nodes": NODES, "lan_rate": HUB_RATE},
+        "killed": {"nodes": NODES, "lan_rate": 3 * HUB_RATE, "kill_after": half},
+        "flipped": {"nodes": NODES, "lan_rate": 3 * HUB_RATE, "lie": True},
+        "joins": {"nodes": NODES, "lan_rate": 3 * HUB_RATE, "serving": NODES - 1},
+    }
+    for name, settings in runs.items():
+        if options.only not in (None, name):
+            continue
+        result = run(**settings)
+        print(f"{name}: {result.seconds:.1f} s, {result.hub_share:.3f} of the checkpoint from the hub", flush=True)
+        if options.only:
+            print(result.logs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
