@@ -3,10 +3,10 @@
 
 bench_weights.py [--simulate] [--only NAME] [--write]     --write puts the tables into docs/weights-bench.md
 
-Each node is a network namespace with a link of a limited rate (tc), in which the role's own program and nginx run, with
-the role's configuration. The hub is a server of this file that limits each address, as hubs do; its client is the real
-one. All of it goes over the node's one link, the hub's bytes too. Rates are a 500th of real ones, so that two cores
-carry it. Fails where a budget is not kept. Needs root.
+Each node is a network namespace with a link of a limited rate (tc), in which the role's own program and nginx run,
+with the role's configuration. The hub is a server of this file that limits each address, as hubs do; its client is the
+real one. All of it goes over the node's one link, the hub's bytes too. Rates are a thousandth of real ones, so that two
+cores carry it. Fails where a budget is not kept. Needs root, nginx and tc.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from small_hub import DOCKER, REPO, REVISION  # noqa: E402
 
 PROGRAM = ROOT / "roles/model_weights/files/weights-fetch"
 NGINX = os.environ.get("NGINX") or shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") or "nginx"
-PREFIX = "glmbench"  # of all namespaces
+PREFIX = f"glmbench{os.getpid()}"  # of all namespaces
 NETWORK = "198.18.77"
 HUB = f"{NETWORK}.2"
 PORT = 8004
 NODES = 8
-HUB_RATE = 2_000_000  # bytes a second for an address
+HUB_RATE = 1_000_000  # bytes a second for an address
 SHARDS, SHARD = 141, 1_360_000  # as many as the real checkpoint has
 
 
@@ -251,7 +251,7 @@ class Node:
         if len(names) == 1:
             return
         template = (ROOT / "templates/weights-share.conf.j2").read_text()
-        environment = jinja2.Environment(trim_blocks=True, autoescape=False)  # noqa: S701 no HTML
+        environment = jinja2.Environment(trim_blocks=True, autoescape=False)
         environment.filters["comment"] = lambda text: f"# {text}"
         text = environment.from_string(template).render(
             ansible_managed="bench",
@@ -291,9 +291,9 @@ class Result:
 
 
 def run(nodes: int, lan_rate: float, kill_after: float = 0, lie: bool = False, serving: int = 0) -> Result:
-    """The checkpoint to nodes of which the first `serving` ones have it; the last one is killed, or gives a wrong byte."""
+    """The checkpoint to nodes, of which the first `serving` have it; the last is killed, or gives a wrong byte."""
     with ExitStack() as stack:
-        where = "/dev/shm" if shutil.disk_usage("/dev/shm").free > 4e9 else None  # noqa: S108
+        where = "/dev/shm" if shutil.disk_usage("/dev/shm").free > 4e9 else None
         path = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=where, prefix="bench-weights-")))
         content = model()
         files = manifest(content)
