@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import heapq
+import itertools
 import json
 import os
 import random
@@ -33,6 +35,7 @@ import jinja2
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / path) for path in ("tests/unit", "plugins/module_utils", "collections", ".")]
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.shares import Plan  # noqa: E402
 from ansible_collections.glm.fleet.plugins.modules.hub_manifest import build_manifest  # noqa: E402
 from small_hub import DOCKER, REPO, REVISION  # noqa: E402
 
@@ -45,6 +48,128 @@ PORT = 8004
 NODES = 8
 HUB_RATE = 1_000_000  # bytes a second for an address
 SHARDS, SHARD = 141, 1_360_000  # as many as the real checkpoint has
+
+
+# --- simulated from the plan ------------------------------------------------------------------------------
+
+CHECKPOINT = [5_360_000_000] * 141  # bytes, about those of GLM-5.2-FP8
+REAL_HUB = 1e9  # bytes a second for a node
+TRANSFERS = HUB_FILES = 4  # files at a time
+
+
+@dataclass(eq=False)
+class Flow:
+    source: int  # -1: the hub
+    target: int
+    file: int
+    left: float
+    rate: float = 0
+    since: float = 0
+    version: int = 0
+
+
+class Simulation:
+    """What the nodes do by shares.Plan, with a link of `lan` bytes/s each way that the hub's bytes go over, too.
+
+    Files share a link evenly; what one of them cannot use is lost to the others, other than what the hub leaves. What a
+    node has is known to the others after an interval of their looks.
+    """
+
+    def __init__(self, nodes: int, lan: float, sizes: Sequence[int] = tuple(CHECKPOINT), hub: float = REAL_HUB) -> None:
+        self.plan, self.nodes, self.lan, self.sizes, self.hub = Plan(sizes, nodes), nodes, lan, sizes, hub
+        self.delay = 0.5 + nodes / 64
+        self.now = 0.0
+        self.order = itertools.count()
+        self.events: list[tuple[float, int, Flow | None, int, int]] = []
+        self.missing = [set(range(len(sizes))) for _ in range(nodes)]
+        self.shares = [list(share) for share in self.plan.shares]
+        self.holders: dict[int, list[int]] = {}
+        self.up: list[set[Flow]] = [set() for _ in range(nodes)]
+        self.down: list[set[Flow]] = [set() for _ in range(nodes)]
+
+    def run(self) -> float:
+        """Seconds until the last node has everything."""
+        for node in range(self.nodes):
+            for _ in range(HUB_FILES):
+                self.ask_hub(node)
+        finished = 0.0
+        while self.events:
+            self.now, _, flow, version, file = heapq.heappop(self.events)
+            if flow is None:  # it is known now that a node has the file
+                self.holders.setdefault(file, []).append(version)
+                for node in range(self.nodes):
+                    self.gather(node)
+            elif flow.version == version:
+                finished = self.now
+                self.end(flow)
+        if any(self.missing):
+            raise RuntimeError("the plan leaves files out")
+        return finished
+
+    def ask_hub(self, node: int) -> None:
+        if self.shares[node]:
+            self.begin(Flow(-1, node, self.shares[node].pop(0), 0))
+
+    def gather(self, node: int) -> None:
+        while sum(flow.source >= 0 for flow in self.down[node]) < TRANSFERS and self.missing[node]:
+            coming = {flow.file for flow in self.down[node]}
+            busy = {flow.source for flow in self.down[node]}
+            busy |= {peer for peer in range(self.nodes) if len(self.up[peer]) >= TRANSFERS}
+            choice = self.plan.pick(node, self.missing[node] - coming, self.holders, busy)
+            if not choice:
+                return
+            self.begin(Flow(choice[1], node, choice[0], 0))
+
+    def begin(self, flow: Flow) -> None:
+        flow.left, flow.since = self.sizes[flow.file], self.now
+        self.down[flow.target].add(flow)
+        if flow.source >= 0:
+            self.up[flow.source].add(flow)
+        self.settle(flow)
+
+    def end(self, flow: Flow) -> None:
+        self.down[flow.target].discard(flow)
+        if flow.source >= 0:
+            self.up[flow.source].discard(flow)
+        self.missing[flow.target].discard(flow.file)
+        heapq.heappush(self.events, (self.now + self.delay, next(self.order), None, flow.target, flow.file))
+        self.settle(flow)
+        if flow.source < 0:
+            self.ask_hub(flow.target)
+        self.gather(flow.target)
+
+    def settle(self, changed: Flow) -> None:
+        """New rates for all that shares a link with it."""
+        touched = set(self.down[changed.target])
+        if changed.source >= 0:
+            touched |= self.up[changed.source]
+        for flow in touched:
+            down = self.down[flow.target]
+            hub = sum(other.source < 0 for other in down)
+            from_hub = min(self.hub, self.lan * hub / len(down))
+            if flow.source < 0:
+                rate = from_hub / hub
+            else:
+                rate = min((self.lan - from_hub) / (len(down) - hub), self.lan / len(self.up[flow.source]))
+            flow.left -= flow.rate * (self.now - flow.since)
+            flow.since, flow.rate = self.now, rate
+            flow.version += 1
+            heapq.heappush(self.events, (self.now + flow.left / rate, next(self.order), flow, flow.version, flow.file))
+
+
+def simulated() -> list[str]:
+    """Time relative to one node alone, with the limit: as lines of a table."""
+    lans = (1e9, 1.25e9, 3e9, 12.5e9)
+    lines = ["| nodes | " + " | ".join(f"LAN {lan / 1e9:g} GB/s" for lan in lans) + " |", "|---|" + "---|" * len(lans)]
+    total = sum(CHECKPOINT)
+    for nodes in (2, 8, 64, 256):
+        cells = []
+        for lan in lans:
+            limit = max(total / (nodes * REAL_HUB), total / lan) / (total / REAL_HUB)
+            cells.append(f"{Simulation(nodes, lan).run() / (total / REAL_HUB):.2f} ({limit:.2f})")
+        lines.append(f"| {nodes} | " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    return lines
 
 
 # --- the hub ----------------------------------------------------------------------------------------------
@@ -260,7 +385,7 @@ class Node:
             model_weights_share_addresses=addresses,
             model_weights_share_name=self.name,
             model_weights_share_port=PORT,
-            model_weights_share_connections=16,
+            model_weights_share_transfers=TRANSFERS,
             model_weights_share_rate=0,
         )
         if lie:
@@ -306,7 +431,8 @@ def run(nodes: int, lan_rate: float, kill_after: float = 0, lie: bool = False, s
         for node in fleet:
             wrong = ""
             if lie and node is fleet[-1]:
-                wrong = files["files"][nodes - 1]["path"]
+                owned = Plan([item["size"] for item in files["files"]], nodes).shares[-1][0]
+                wrong = files["files"][owned]["path"]
                 node.path.mkdir()
                 (node.path / "wrong").write_bytes(b"\0" + content[wrong][1:])
             node.prepare(files, names, wrong)
@@ -346,7 +472,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="A checkpoint to eight nodes at once, against one node alone.")
     parser.add_argument("--hub", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--only", help="one run, by its name, with the log of its nodes")
+    parser.add_argument("--simulate", action="store_true", help="only what is simulated")
     options = parser.parse_args()
+    if options.simulate:
+        simulated()
+        return 0
     if options.hub:
         serve_hub()
         return 0

@@ -39,7 +39,7 @@ class Settings(NamedTuple):
     name: str
     addresses: dict[str, str]  # of all nodes, this one too, in the order of the inventory
     port: int
-    downloads: int = 4  # from peers at a time
+    transfers: int = 4  # from peers at a time, and to them
     hub_files: int = 4  # from the hub at a time: with more of them the first one is whole later
     patience: float = 15  # seconds without a sign of life after which a node counts as gone
 
@@ -188,7 +188,7 @@ class Exchange:
         self.take_stock(set(paths))
         total = sum(self.files[file].size for file in self.missing)
         meter = Meter("sharing", total)
-        work = [self.watch_peers, self.ask_hub] + [self.gather] * self.settings.downloads
+        work = [self.watch_peers, self.ask_hub] + [self.gather] * self.settings.transfers
         threads = [threading.Thread(target=self.guard, args=(each,)) for each in work]
         for thread in threads:
             thread.start()
