@@ -34,12 +34,13 @@ class Peer(Node):
         self.name = f"node{place}"
         self.addresses = {f"node{each}": f"127.0.77.{each}" for each in (1, 2, 3)}
         self.port = port
+        self.patience = 30
         self.server: subprocess.Popen[bytes] | None = None
         self.models.mkdir()
 
     @property
     def settings(self) -> dict[str, Any]:
-        share = {"name": self.name, "addresses": self.addresses, "port": self.port, "patience": 3}
+        share = {"name": self.name, "addresses": self.addresses, "port": self.port, "patience": self.patience}
         return {"share": share, "stall_timeout": 20}
 
     def serve(self, **replaced: Any) -> None:
@@ -160,6 +161,7 @@ def test_a_peer_that_lies_is_named_and_the_file_fetched_elsewhere(peers: list[Pe
 
 def test_peers_that_are_not_there_cost_some_patience_alone(peers: list[Peer], hub: SmallHub) -> None:
     peers[0].serve()
+    peers[0].patience = 3
     finish(peers[:1])
     assert dict(hub.downloads) == dict.fromkeys(model(), 1)
 
@@ -169,6 +171,7 @@ def test_a_peer_with_another_list_of_files_has_nothing(peers: list[Peer], hub: S
         peer.serve()
     peers[1].have(model())
     marker = peers[1].models / REVISION / ".glm-manifest.json"
+    peers[0].patience = 3
     marker.write_text(json.dumps({**json.loads(marker.read_text()), "sha256": "0" * 64}))
     finish(peers[:1])
     assert dict(hub.downloads) == dict.fromkeys(model(), 1)
@@ -230,3 +233,22 @@ def test_a_node_that_is_not_of_the_fleet_is_refused(peers: list[Peer]) -> None:
     share = {**node.settings["share"], "name": "node9"}
     assert "node9 is not among the nodes that share the weights" in node.error(share=share)
     assert REPO in json.loads((node.path / "weights.json").read_text())["repo"]
+
+
+def test_each_nodes_share_comes_from_a_source_of_the_user_first(peers: list[Peer], hub: SmallHub) -> None:
+    source = peers[0].path / "source"
+    source.mkdir()
+    lacking = "model-00003-of-00003.safetensors"
+    for name, data in model().items():
+        if name != lacking:
+            (source / name).write_bytes(data)
+    for peer in peers:
+        peer.serve()
+    running = [peer.start(**peer.settings, sources=[str(source)]) for peer in peers]
+    said = ""
+    for process in running:
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 0, err
+        said += err
+    assert f"from {source}" in said
+    assert dict(hub.downloads) == {lacking: 1}

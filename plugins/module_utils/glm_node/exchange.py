@@ -30,7 +30,7 @@ BUSY_FOR = 1.0
 LIES = 3
 # Looks in a row without an answer after which one counts as gone.
 REFUSALS = 3
-SOURCES = {"hub": "the hub", "peers": "peers"}
+HUB, PEERS = "the hub", "peers"
 
 
 class Settings(NamedTuple):
@@ -175,7 +175,7 @@ class Exchange:
         self.verified: set[int] = set()
         self.checks: dict[int, concurrent.futures.Future[None]] = {}
         self.hub_failed = False
-        self.bytes = {"hub": 0, "peers": 0}
+        self.bytes = {HUB: 0, PEERS: 0}  # by where they came from
         self.rates: list[float] = []  # bytes/s of transfers that ended well
         self.looked = False  # at the peers, once at least
         self.moved = time.monotonic()
@@ -272,7 +272,8 @@ class Exchange:
         return max(missing - begun - self.hub_begun(), 0)
 
     def note(self) -> str:
-        shares = ", ".join(f"{human(self.bytes[source])} from {name}" for source, name in SOURCES.items())
+        with self.changed:
+            shares = ", ".join(f"{human(count)} from {source}" for source, count in self.bytes.items())
         return f"{len(self.files) - len(self.missing)} of {len(self.files)} files, {shares}"
 
     def publish(self) -> None:
@@ -291,19 +292,26 @@ class Exchange:
 
     def right(self, file: int, source: str = "") -> None:
         """A file in its place has the right hash: it is offered from now on."""
-        offered = self.offered(file)
-        offered.parent.mkdir(parents=True, exist_ok=True)
-        offered.unlink() if offered.exists() else None
-        os.link(self.root / self.files[file].path, offered)
         with self.changed:
+            if file in self.verified:
+                return
+            offered = self.offered(file)
+            offered.parent.mkdir(parents=True, exist_ok=True)
+            if offered.exists():
+                offered.unlink()
+            os.link(self.root / self.files[file].path, offered)
             if source:
-                self.bytes[source] += self.files[file].size
+                self.bytes[source] = self.bytes.get(source, 0) + self.files[file].size
             self.verified.add(file)
             for group in (self.missing, self.local, self.from_hub):
                 group.discard(file)
             self.moved = time.monotonic()
             self.publish()
             self.changed.notify_all()
+
+    def delivered(self, path: str, source: str) -> None:
+        """What brings files for the hub has hashed this one itself."""
+        self.right(next(place for place, file in enumerate(self.files) if file.path == path), source)
 
     def check_arrivals(self, pool: concurrent.futures.Executor) -> None:
         """Hashes what was there at first, and what the hub's client has put into its place."""
@@ -322,7 +330,7 @@ class Exchange:
             hasher.update(block)
         came = place in self.from_hub
         if hasher.hexdigest() == file.digest:
-            self.right(place, "hub" if came else "")
+            self.right(place, HUB if came else "")
             return
         whose = "the hub gave" if came else "found"
         say(f"{file.path}: expected {file.algorithm} {file.digest}, {whose} {hasher.hexdigest()}")
@@ -422,7 +430,7 @@ class Exchange:
             part.replace(target)
             with self.changed:
                 self.rates = [*self.rates[-50:], (file.size - had) / max(time.monotonic() - began, 0.001)]
-            self.right(place, "peers")
+            self.right(place, PEERS)
 
     # --- the hub ------------------------------------------------------------------------------------------
 

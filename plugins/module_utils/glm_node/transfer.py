@@ -73,6 +73,36 @@ class PeerOpener:
             connection.close()
 
 
+class DirectoryOpener:
+    """Opens files below a directory, as a server would give them."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+
+    @contextlib.contextmanager
+    def __call__(self, path: str, offset: int = 0) -> Any:
+        try:
+            # The hub's own cache consists of links.
+            stream = (self.base / path.lstrip("/")).open("rb")
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            yield _Opened(404, None, 0)
+            return
+        with stream:
+            size = os.fstat(stream.fileno()).st_size
+            stream.seek(offset)
+            yield _Opened(206 if offset else 200, stream, size - offset)
+
+
+class _Opened:
+    """What of an HTTP response is used here."""
+
+    def __init__(self, status: int, stream: Any, left: int) -> None:
+        self.status = status
+        self.headers = {"Content-Length": str(left)} if stream else {}
+        self.readinto = stream.readinto if stream else None
+        self.read = stream.read if stream else bytes
+
+
 class UrlOpener:
     """Opens files below an address, by the node's proxy and certificates."""
 
