@@ -528,6 +528,9 @@ The time relative to one node alone with 1 GB/s from the hub, {files} files of 5
 max(1 / N, hub / LAN): each byte comes from the hub once, and over each node's link once.
 
 {simulated}
+
+Where the LAN is no faster than the hub, and both go over one link, there is nothing to gain: leave `glm_weights_share`
+off there.
 """
 
 
