@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
+
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import write_whole
 
 VAULT = b"$ANSIBLE_VAULT"  # what a file begins with that Ansible Vault has encrypted
 
@@ -15,17 +16,7 @@ class Refused(Exception):
 
 def write(path: str, text: str) -> None:
     """For its owner alone, whole or not at all; a link stays one."""
-    path = os.path.realpath(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=os.path.dirname(path))
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(os.path.realpath(path), text, 0o600)
 
 
 def is_encrypted(path: str) -> bool:
