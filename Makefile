@@ -132,6 +132,10 @@ bench-placement: venv .cache/bench-placement/.done ## Replay coding sessions thr
 bench-edge: venv programs ## What the edge adds to requests and tokens, and 2,000 streams at once
 	@tests/bench_edge.py --write
 
+.PHONY: bench-weights
+bench-weights: venv programs ## A checkpoint to eight nodes that share it, against one alone; writes docs/weights-bench.md
+	@tests/bench_weights.py --write
+
 # The execution environment: its name, an image to build on instead of the definition's, and who builds and runs it.
 EE_IMAGE ?= glm-fleet-ee
 EE_BASE ?=

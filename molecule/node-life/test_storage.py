@@ -73,7 +73,7 @@ def test_weights_where_locks_hold_for_one_node_alone_are_refused(fleet: Fleet, s
     assert (run.code, run.findings()) == (2, ["weights_locks"])
     line = run.line("weights_locks")
     assert f"locks at {SSHFS} hold for one node alone (found fuse.sshfs, wanted" in line
-    assert "set glm_weights_dir to a local path and glm_weights_source to this one" in line
+    assert "set glm_weights_dir to a local path and glm_weights_sources to this one" in line
     assert sshfs.snapshot() == before
     assert sshfs.run(f"ls -A {SSHFS}") == ""
 
@@ -87,12 +87,12 @@ def test_a_file_system_that_does_not_answer_is_refused(fleet: Fleet, sshfs: Mach
     """A process that has asked it cannot be ended by any signal."""
     before = sshfs.snapshot()
     sshfs.run(f"pkill -{fault} -x sshfs")
-    run = fleet.play(glm_weights_source=f"{SSHFS}/models", seconds=150)
+    run = fleet.play(glm_weights_sources=[f"{SSHFS}/models"], seconds=150)
     assert (run.code, run.findings()) == (2, ["storage"])
     assert f"the file system of {SSHFS}/models cannot be read (found {found}, wanted an answer)" in run.line(
         "storage: "
     )
-    assert "glm_weights_source" in run.line("storage: ")
+    assert "glm_weights_sources" in run.line("storage: ")
     assert sshfs.snapshot() == before
 
 
@@ -125,7 +125,7 @@ def test_weights_that_both_share_are_fetched_once(fleet: Fleet) -> None:
 def test_weights_are_copied_from_there_to_the_disk(fleet: Fleet) -> None:
     """The hub has no more than the list."""
     with Mirror("glm-node-life-storage-mirror").hub(file=503):
-        run = fleet.play(seconds=900, glm_weights_source=f"{GLUSTER}/models/{MODEL}")
+        run = fleet.play(seconds=900, glm_weights_sources=[f"{GLUSTER}/models/{MODEL}"])
     assert run.code == 0, run.messages
     assert serve(fleet)
     for node in NODES:

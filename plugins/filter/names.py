@@ -95,15 +95,21 @@ def duplicate_addresses(hosts: Iterable[str], hostvars: Mapping[str, Mapping[str
     ]
 
 
+def is_ip(address: str) -> bool:
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return True
+
+
+def is_true(value: object) -> bool:
+    """As Ansible reads a setting, which is text where the command line gives it."""
+    return str(value).lower() in ("true", "yes", "on", "1")
+
+
 def gateway_problems(gateways: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line for each mistake that keeps several gateways from telling each other where sessions are."""
-
-    def is_ip(address: str) -> bool:
-        try:
-            ipaddress.ip_address(address)
-        except ValueError:
-            return False
-        return True
 
     edges = [edge_of(name, hostvars[name]) for name in gateways] if len(gateways) > 1 else []
     return [
@@ -116,6 +122,18 @@ def gateway_problems(gateways: Sequence[str], hostvars: Mapping[str, Mapping[str
         "another port"
         for edge in edges
         if edge["port"] == int(hostvars[edge["name"]].get("glm_peers_port") or PEERS_PORT)
+    ]
+
+
+def share_problems(nodes: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line for each mistake that keeps the nodes from giving each other the weights."""
+    sharing = [name for name in nodes if len(nodes) > 1 and is_true(hostvars[name].get("glm_weights_share"))]
+    edges = [edge_of(name, hostvars[name]) for name in sharing]
+    return [
+        f"glm_weights_share: the other nodes know {edge['name']} by its address, and {edge['address']} is a name: set "
+        "glm_node_address for it, to the IP address that it has on their network"
+        for edge in edges
+        if not is_ip(str(edge["address"]))
     ]
 
 
@@ -161,6 +179,7 @@ class FilterModule:
             "variables_of_roles": variables_of_roles,
             "duplicate_addresses": duplicate_addresses,
             "gateway_problems": gateway_problems,
+            "share_problems": share_problems,
             "differing_settings": differing_settings,
             "results_problems": results_problems,
             "inventory_directory": inventory_directory,

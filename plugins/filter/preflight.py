@@ -227,7 +227,7 @@ def inodes(c: Context) -> Iterator[Finding]:
     minimum, seen = c.wanted["min_free_inodes"], set()
     for path, disk in c.node["disks"].items():
         few = disk["total_inodes"] and disk["free_inodes"] < minimum
-        if few and disk["mount"] not in seen and path != c.wanted["weights_source"]:
+        if few and disk["mount"] not in seen and path not in c.wanted["weights_sources"]:
             seen.add(disk["mount"])
             yield Finding(
                 "inodes",
@@ -251,7 +251,7 @@ def shared_state(c: Context) -> Iterator[Finding]:
 def other_path(c: Context, path: str) -> str:
     settings = {
         c.wanted["docker_directory"]: "data-root in /etc/docker/daemon.json",
-        c.wanted["weights_source"]: "glm_weights_source",
+        **dict.fromkeys(c.wanted["weights_sources"], "glm_weights_sources"),
         c.weights_path: "glm_weights_dir",
         c.wanted["data_directory"]: "glm_data_dir",
     }
@@ -293,7 +293,7 @@ def weights_locks(c: Context) -> Iterator[Finding]:
             f"two nodes would fetch the weights at once, since locks at {disk['mount']} hold for one node alone (found "
             f"{disk['local_locks']}, wanted locks that all nodes share)",
             "mount it with them (NFS without nolock and local_lock), or set glm_weights_dir to a local path and "
-            "glm_weights_source to this one",
+            "glm_weights_sources to this one",
         )
 
 

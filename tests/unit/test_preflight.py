@@ -369,7 +369,7 @@ def storage_without_an_answer(world: World) -> None:
 
 
 def a_source_without_an_answer(world: World) -> None:
-    world.wanted["weights_source"] = "/mnt/models"
+    world.wanted["weights_sources"] = ["/mnt/models"]
     world.node["storage"] = {"/mnt/models": "no answer within 20 s"}
 
 
@@ -493,9 +493,9 @@ FAULTS: list[tuple[Callable[[World], None], str, list[str]]] = [
         "docker_network",
         ["cut the way to 10.0.2.5 (found a gateway of the fleet in 10.0.2.0/24"],
     ),
-    (locks_of_one_node, "weights_locks", ["locks at /mnt", "found nolock", "glm_weights_source"]),
+    (locks_of_one_node, "weights_locks", ["locks at /mnt", "found nolock", "glm_weights_sources"]),
     (storage_without_an_answer, "storage", [WEIGHTS_DIR, "found Stale file handle", "set glm_weights_dir to another"]),
-    (a_source_without_an_answer, "storage", ["/mnt/models", "no answer within 20 s", "set glm_weights_source to"]),
+    (a_source_without_an_answer, "storage", ["/mnt/models", "no answer within 20 s", "set glm_weights_sources to"]),
     (data_without_an_answer, "storage", ["of /var/lib/glm cannot", "is not connected", "set glm_data_dir to another"]),
     (storage_of_another_root, "storage", ["may not write", "found nfs4 at /mnt", "no_root_squash", "glm_weights_dir"]),
     (a_bridge_nowhere, "docker_network", ["10.0.0", "container_runtime_daemon_config"]),

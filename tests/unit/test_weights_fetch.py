@@ -547,9 +547,9 @@ def test_files_are_copied_from_a_directory_of_the_user_and_checked(node: Node) -
     (source / shards[0]).unlink()
     (source / shards[0]).write_bytes(flip(model()[shards[0]]))
     (source / "more/notes.txt").write_text("not of the model")
-    said = node.ok(source=str(source))
+    said = node.ok(sources=[str(source)])
     assert f"of it from {source}" in said
-    assert "downloading it once more" in said, "the damaged one"
+    assert f"{source} gave a wrong {shards[0]}" in said
     content = node.content()
     content.pop(".glm-manifest.json")
     assert content == model()
@@ -558,7 +558,33 @@ def test_files_are_copied_from_a_directory_of_the_user_and_checked(node: Node) -
 
 
 def test_a_source_that_is_not_mounted_is_named(node: Node) -> None:
-    assert "glm_weights_source: /nowhere is no directory on this node: is it mounted?" in node.error(source="/nowhere")
+    assert "glm_weights_sources: /nowhere is no directory on this node: is it mounted?" in node.error(
+        sources=["/nowhere"]
+    )
+
+
+def test_a_source_with_another_revision_is_refused_and_nothing_changed(node: Node) -> None:
+    source = node.path / "shared"
+    source.mkdir()
+    (source / ".glm-manifest.json").write_text(json.dumps({"revision": SECOND, "files": []}))
+    line = node.error(sources=[str(source)])
+    assert f"{source} has revision {SECOND}, and {REVISION} is wanted: set glm_model_revision" in line
+    assert node.names() == set()
+
+
+def test_sources_are_tried_in_their_order_and_the_hub_for_the_rest(node: Node) -> None:
+    first = node.path / "first"
+    first.mkdir()
+    (first / SHARDS[0]).write_bytes(model()[SHARDS[0]])
+    mirror = f"{node.hub.endpoint}/{REPO}/resolve/{REVISION}"
+    node.hub.faults[f"/resolve/{REVISION}/{SHARDS[1]}"] = (404, {}, 1)
+    said = node.ok(sources=[str(first), "http://127.0.0.1:9/none", mirror])
+    assert f"of it from {first}" in said and f"of it from {mirror}" in said
+    fetched = {name for run in node.docker_runs() for name in run if name.endswith(".safetensors")}
+    assert fetched == {SHARDS[1]}
+    content = node.content()
+    content.pop(".glm-manifest.json")
+    assert content == model()
 
 
 def test_nothing_is_removed_from_a_file_system_that_others_share(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

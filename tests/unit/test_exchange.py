@@ -1,0 +1,254 @@
+"""Nodes that bring a revision together: the role's program, its nginx configuration and the real client of the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+from small_hub import REPO, REVISION, SmallHub, model, small_hub
+from test_haproxy_template import free_port
+from test_weights_fetch import Node
+
+ROOT = Path(__file__).resolve().parents[2]
+NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+pytestmark = pytest.mark.skipif(not NGINX, reason="there is no nginx: tests/programs brings it")
+
+
+class Peer(Node):
+    """One of three nodes, each with an address on loopback of its own."""
+
+    def __init__(self, path: Path, hub: SmallHub, place: int, port: int) -> None:
+        path.mkdir()
+        super().__init__(path, hub)
+        self.name = f"node{place}"
+        self.addresses = {f"node{each}": f"127.0.77.{each}" for each in (1, 2, 3)}
+        self.port = port
+        self.patience = 30
+        self.server: subprocess.Popen[bytes] | None = None
+        self.models.mkdir()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        share = {"name": self.name, "addresses": self.addresses, "port": self.port, "patience": self.patience}
+        return {"share": share, "stall_timeout": 20}
+
+    def serve(self, **replaced: Any) -> None:
+        (self.path / "run").mkdir(exist_ok=True)
+        variables = {
+            "ansible_managed": "test",
+            "__model_weights_share_runtime": self.path / "run",
+            "__model_weights_model_directory": self.models,
+            "model_weights_share_addresses": self.addresses,
+            "model_weights_share_name": self.name,
+            "model_weights_share_port": self.port,
+            "model_weights_share_transfers": 4,
+            "model_weights_share_rate": 0,
+            **replaced,
+        }
+        template = jinja2.Environment(trim_blocks=True)
+        template.filters["comment"] = lambda text: f"# {text}"
+        text = template.from_string((ROOT / "templates/weights-share.conf.j2").read_text()).render(variables)
+        if os.geteuid() == 0:
+            text += "user root;\n"  # pytest's directories are their owner's alone
+        config = self.path / "nginx.conf"
+        config.write_text(text)
+        with (self.path / "nginx.log").open("wb") as log:
+            self.server = subprocess.Popen([NGINX or "", "-p", self.path, "-c", config], stdout=log, stderr=log)
+        deadline = time.monotonic() + 20
+        while not self.listens():
+            assert time.monotonic() < deadline, (self.path / "nginx.log").read_text()
+            time.sleep(0.05)
+
+    def listens(self) -> bool:
+        try:
+            self.ask("/")
+        except OSError:
+            return False
+        return True
+
+    def ask(self, path: str, source: str = "127.0.77.1", method: str = "GET") -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection(self.addresses[self.name], self.port, 5, (source, 0))
+        connection.request(method, path)
+        response = connection.getresponse()
+        answer = response.status, response.read()
+        connection.close()
+        return answer
+
+    def stop(self) -> None:
+        if self.server:
+            self.server.kill()
+            self.server.wait()
+
+    def have(self, content: dict[str, bytes]) -> None:
+        """A complete revision, as an earlier run left it."""
+        self.configure(**self.settings)
+        manifest = json.loads((self.path / "weights.json").read_text())["manifest"]
+        target = self.models / REVISION
+        target.mkdir()
+        for name, data in content.items():
+            (target / name).write_bytes(data)
+        (target / ".glm-manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture
+def hub() -> Iterator[SmallHub]:
+    with small_hub() as server:
+        yield server
+
+
+@pytest.fixture
+def peers(tmp_path: Path, hub: SmallHub) -> Iterator[list[Peer]]:
+    port = free_port()
+    nodes = [Peer(tmp_path / f"node{place}", hub, place, port) for place in (1, 2, 3)]
+    yield nodes
+    for node in nodes:
+        node.stop()
+
+
+def finish(nodes: list[Peer]) -> list[str]:
+    running = [node.start(**node.settings) for node in nodes]
+    said = []
+    for node, process in zip(nodes, running):
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 0, err
+        content = node.content()
+        del content[".glm-manifest.json"]
+        assert content == model()
+        assert node.names() == {REVISION}
+        said.append(err)
+    return said
+
+
+def test_three_nodes_ask_the_hub_for_each_file_once(peers: list[Peer], hub: SmallHub) -> None:
+    for peer in peers:
+        peer.serve()
+    finish(peers)
+    assert dict(hub.downloads) == dict.fromkeys(model(), 1)
+
+
+def test_a_new_node_gets_everything_from_those_that_serve(peers: list[Peer], hub: SmallHub) -> None:
+    for peer in peers:
+        peer.serve()
+    for peer in peers[:2]:
+        peer.have(model())
+    finish(peers[2:])
+    assert not hub.downloads
+
+
+def test_a_peer_that_lies_is_named_and_the_file_fetched_elsewhere(peers: list[Peer], hub: SmallHub) -> None:
+    for peer in peers:
+        peer.serve()
+    shard = "model-00002-of-00003.safetensors"
+    wrong = model()[shard][:-1] + b"!"
+    for peer in peers[:2]:
+        peer.have({**model(), shard: wrong})
+    (said,) = finish(peers[2:])
+    assert f"gave a wrong {shard} (expected sha256" in said
+    assert "peer node1 (127.0.77.1)" in said and "peer node2 (127.0.77.2)" in said
+    assert dict(hub.downloads) == {shard: 1}
+
+
+def test_peers_that_are_not_there_cost_some_patience_alone(peers: list[Peer], hub: SmallHub) -> None:
+    peers[0].serve()
+    peers[0].patience = 3
+    finish(peers[:1])
+    assert dict(hub.downloads) == dict.fromkeys(model(), 1)
+
+
+def test_a_peer_with_another_list_of_files_has_nothing(peers: list[Peer], hub: SmallHub) -> None:
+    for peer in peers[:2]:
+        peer.serve()
+    peers[1].have(model())
+    marker = peers[1].models / REVISION / ".glm-manifest.json"
+    peers[0].patience = 3
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "sha256": "0" * 64}))
+    finish(peers[:1])
+    assert dict(hub.downloads) == dict.fromkeys(model(), 1)
+
+
+def test_what_was_right_is_neither_fetched_nor_hashed_again(peers: list[Peer], hub: SmallHub) -> None:
+    node = peers[0]
+    node.serve()
+    hub.pause = 8
+    process = node.start(**node.settings)
+    offered = node.models / ".glm-offer" / REVISION / "files" / "config.json"
+    deadline = time.monotonic() + 40
+    while not offered.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143, err
+    assert "Traceback" not in err
+    # It is taken as right without a look into it: only so this test can tell.
+    os.truncate(offered, 0)
+    os.truncate(offered, len(model()["config.json"]))
+    hub.pause = 0
+    before = hub.downloads["config.json"]
+    running = node.start(**node.settings)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 0, err
+    assert hub.downloads["config.json"] == before == 1
+
+
+def test_only_the_fleet_is_answered_and_only_what_is_right_is_given(peers: list[Peer]) -> None:
+    node = peers[0]
+    node.serve()
+    node.have(model())
+    partial = node.models / f"{'2' * 40}.partial"
+    partial.mkdir()
+    (partial / "config.json").write_bytes(b"not checked")
+    (node.models / REVISION / "link").symlink_to("/etc/hostname")
+    digest = hashlib.sha256(node.ask(f"/{REVISION}/files/config.json")[1]).digest()
+    assert digest == hashlib.sha256(model()["config.json"]).digest()
+    assert node.ask(f"/{REVISION}/state")[0] == 200
+    assert node.ask(f"/{REVISION}/files/config.json", source="127.0.77.9")[0] == 403
+    assert node.ask(f"/{REVISION}/state", source="127.0.77.9")[0] == 403
+    assert node.ask(f"/{REVISION}/files/config.json", method="PUT")[0] == 405
+    for path in (
+        "/",
+        f"/{REVISION}/files/",
+        f"/{'2' * 40}/files/config.json",
+        f"/{'2' * 40}.partial/files/config.json",
+        f"/{REVISION}/files/link",
+        f"/{REVISION}/files/../../../weights.json",
+        f"/{REVISION}/files/%2e%2e/%2e%2e/weights.json",
+    ):
+        assert node.ask(path)[0] in (400, 403, 404), path
+
+
+def test_a_node_that_is_not_of_the_fleet_is_refused(peers: list[Peer]) -> None:
+    node = peers[0]
+    share = {**node.settings["share"], "name": "node9"}
+    assert "node9 is not among the nodes that share the weights" in node.error(share=share)
+    assert REPO in json.loads((node.path / "weights.json").read_text())["repo"]
+
+
+def test_each_nodes_share_comes_from_a_source_of_the_user_first(peers: list[Peer], hub: SmallHub) -> None:
+    source = peers[0].path / "source"
+    source.mkdir()
+    lacking = "model-00003-of-00003.safetensors"
+    for name, data in model().items():
+        if name != lacking:
+            (source / name).write_bytes(data)
+    for peer in peers:
+        peer.serve()
+    running = [peer.start(**peer.settings, sources=[str(source)]) for peer in peers]
+    said = ""
+    for process in running:
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 0, err
+        said += err
+    assert f"from {source}" in said
+    assert dict(hub.downloads) == {lacking: 1}
