@@ -111,7 +111,8 @@ class Simulation:
             self.begin(Flow(-1, node, self.shares[node].pop(0), 0))
 
     def gather(self, node: int) -> None:
-        while sum(flow.source >= 0 for flow in self.down[node]) < TRANSFERS and self.missing[node]:
+        limit = TRANSFERS // 2 if any(flow.source < 0 for flow in self.down[node]) else TRANSFERS
+        while sum(flow.source >= 0 for flow in self.down[node]) < limit and self.missing[node]:
             coming = {flow.file for flow in self.down[node]}
             busy = {flow.source for flow in self.down[node]}
             busy |= {peer for peer in range(self.nodes) if len(self.up[peer]) >= TRANSFERS}

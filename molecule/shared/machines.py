@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +106,13 @@ class Mirror:
             yield
         finally:
             docker("exec", self.container, "rm", "-f", "/etc/hub/faults.json")
+
+    def downloads(self) -> Counter[str]:
+        """How often the hub was asked for each file, but for the list of them."""
+        asked: Counter[str] = Counter()
+        for name, _address, times in json.loads(docker("exec", self.container, "curl", "-sf", "127.0.0.1:8081/downloads")):
+            asked[name] += times
+        return asked
 
     @contextlib.contextmanager
     def no_registry(self) -> Iterator[None]:

@@ -10,6 +10,8 @@ api/file   HTTP status for the listing, or for the files (429 and 503 carry Retr
 truncate   files of this pattern end after half of their bytes, and say that they are that long
 flip       files of this pattern have one byte flipped, at the same size
 xet        files of this pattern are in a Xet store too, which takes connections and never answers
+
+/downloads tells how often each file was asked for, and from which address.
 README.md beside this file says what was compared with the real client.
 """
 
@@ -20,6 +22,7 @@ import asyncio
 import fnmatch
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +89,7 @@ class Hub:
         self.folder, self.faults_file = folder, faults
         self.inputs = ""
         self.revisions: dict[str, dict[str, File]] = {}
+        self.downloads: Counter[tuple[str, str]] = Counter()
 
     def read(self) -> None:
         """Lists the checkpoint, again after it was trained anew."""
@@ -169,6 +173,8 @@ class Hub:
         await response.prepare(request)
         if request.method == "HEAD":
             return response
+        if not request.headers.get("User-Agent", "").startswith("glm-fleet"):  # that asks for the list
+            self.downloads[(name, request.remote or "")] += 1
         rate = faults.get("bytes_per_second")
         for begin in range(start, stop, CHUNK):
             chunk = bytes(data[begin : min(begin + CHUNK, stop)])
@@ -177,6 +183,9 @@ class Hub:
                 await asyncio.sleep(len(chunk) / rate)
         await response.write_eof()
         return response
+
+    async def count(self, _request: web.Request) -> web.Response:
+        return web.json_response([[*which, times] for which, times in self.downloads.items()])
 
     async def xet_token(self, request: web.Request) -> web.Response:
         store = {"Cas-Url": f"{request.url.origin()}/xet/store", "Access-Token": "x", "Token-Expiration": "9999999999"}
@@ -190,6 +199,7 @@ class Hub:
         app = web.Application()
         app.router.add_get("/api/models/{org}/{name}/revision/{revision}", self.info)
         app.router.add_get("/api/models/{org}/{name}/tree/{revision}", self.tree)
+        app.router.add_get("/downloads", self.count)
         app.router.add_get("/xet/token", self.xet_token)
         app.router.add_route("*", "/xet/store/{path:.*}", self.xet_store)
         app.router.add_get("/{org}/{name}/resolve/{revision}/{path:.+}", self.file)  # and HEAD

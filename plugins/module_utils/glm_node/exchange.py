@@ -385,6 +385,9 @@ class Exchange:
                     self.changed.notify_all()
 
     def choose(self) -> tuple[int, int] | None:
+        # What the others wait for comes first where the hub's bytes and theirs share one link.
+        if self.from_hub and len(self.gathering) >= max(1, self.settings.transfers // 2):
+            return None
         now = time.monotonic()
         busy = {node for node, peer in self.peers.items() if peer.busy_until > now or peer.transfers}
         open_files = self.missing - self.local - self.gathering - self.from_hub
