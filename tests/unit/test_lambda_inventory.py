@@ -15,6 +15,7 @@ from typing import Any
 
 import lambda_server
 import pytest
+from testbed import crowd
 from ansible_collections.glm.fleet.plugins.inventory import lambda_cloud as plugin
 from lambda_server import JUPYTER, TOKEN, Fault, Lambda
 
@@ -273,10 +274,10 @@ def test_500_instances_cost_little_time_and_no_secret(account: Lambda, inventory
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = inventory.run("--graph")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # Beside other work the wall time says nothing: what it computes is at most that long on an idle core.
+    # Beside other work the wall time says nothing, and what shares a core's caches costs computing time too.
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert len(re.findall(r"--n-\d+$", done.stdout, re.M)) == 500
-    assert len(account.requests) == 1 and spent < 2.0
+    assert len(account.requests) == 1 and spent < 2.0 * crowd()
     assert len(inventory.listed()["_meta"]["hostvars"]) == 500
 
 

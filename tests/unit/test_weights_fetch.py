@@ -362,7 +362,7 @@ def test_a_hub_that_stays_in_trouble(node: Node) -> None:
 
 def test_a_hub_that_asks_to_wait_for_long(node: Node) -> None:
     node.hub.faults["/resolve/"] = (429, {"Retry-After": "1800"}, 99)
-    assert "answers 429 (too many requests): try again in 30 min" in node.error(stall_timeout=3)
+    assert "answers 429 (too many requests): try again in 30 min" in node.error(stall_timeout=45)
 
 
 def test_a_hub_that_says_when_to_ask_again(node: Node) -> None:
