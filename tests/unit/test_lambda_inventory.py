@@ -15,9 +15,9 @@ from typing import Any
 
 import lambda_server
 import pytest
-from testbed import crowd
 from ansible_collections.glm.fleet.plugins.inventory import lambda_cloud as plugin
 from lambda_server import JUPYTER, TOKEN, Fault, Lambda
+from testbed import crowd
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
