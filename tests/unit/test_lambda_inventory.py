@@ -236,6 +236,7 @@ def test_the_cache_is_enough_while_the_api_is_down(
     account: Lambda, inventory: Inventory, timeout: int, asked: int
 ) -> None:
     fill(account)
+    account.pace = 0.0  # without patience, a second run on a fast machine would be told to wait
     inventory.write(CACHED.format(inventory.directory, timeout))
     first = inventory.listed()
     time.sleep(1.5)
