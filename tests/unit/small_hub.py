@@ -84,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if self.server.pause and len(body) > 1000:
+        if self.server.pause and "/resolve/" in self.path and len(body) > 1000:
             self.wfile.write(body[:100])
             time.sleep(self.server.pause)
             body = body[100:]
