@@ -17,6 +17,7 @@ import lambda_server
 import pytest
 from ansible_collections.glm.fleet.plugins.inventory import lambda_cloud as plugin
 from lambda_server import JUPYTER, TOKEN, Fault, Lambda
+from testbed import crowd
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -235,6 +236,7 @@ def test_the_cache_is_enough_while_the_api_is_down(
     account: Lambda, inventory: Inventory, timeout: int, asked: int
 ) -> None:
     fill(account)
+    account.pace = 0.0  # without patience, a second run on a fast machine would be told to wait
     inventory.write(CACHED.format(inventory.directory, timeout))
     first = inventory.listed()
     time.sleep(1.5)
@@ -273,10 +275,10 @@ def test_500_instances_cost_little_time_and_no_secret(account: Lambda, inventory
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = inventory.run("--graph")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # Beside other work the wall time says nothing: what it computes is at most that long on an idle core.
+    # Beside other work the wall time says nothing, and what shares a core's caches costs computing time too.
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert len(re.findall(r"--n-\d+$", done.stdout, re.M)) == 500
-    assert len(account.requests) == 1 and spent < 2.0
+    assert len(account.requests) == 1 and spent < 2.0 * crowd()
     assert len(inventory.listed()["_meta"]["hostvars"]) == 500
 
 
