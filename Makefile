@@ -106,6 +106,10 @@ node-life: venv engine ## A node on its own: boots, updates, disks, networks and
 	@tests/run node-life
 	@molecule/faults/table.py node-life
 
+.PHONY: weights
+weights: venv engine ## Four nodes that bring the weights together: one joins, one lies, one is lost, the controller dies
+	@tests/run weights
+
 .PHONY: edge
 edge: venv engine ## Attack the edge while well-behaved clients go on: none of them may lose a request
 	@tests/run edge

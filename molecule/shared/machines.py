@@ -110,7 +110,9 @@ class Mirror:
     def downloads(self) -> Counter[str]:
         """How often the hub was asked for each file, but for the list of them."""
         asked: Counter[str] = Counter()
-        for name, _address, times in json.loads(docker("exec", self.container, "curl", "-sf", "127.0.0.1:8081/downloads")):
+        for name, _address, times in json.loads(
+            docker("exec", self.container, "curl", "-sf", "127.0.0.1:8081/downloads")
+        ):
             asked[name] += times
         return asked
 
