@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
+from rich import filesize
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.segment import Segment
@@ -28,6 +29,7 @@ STYLES = {
 }
 AT_REST = ("waiting", "prepared", "done", "failed", "unreachable")  # nothing is being done to the node
 UNBOUNDED = 100_000  # columns of a pipe or a file: whoever reads it wants whole lines
+TOGETHER = 30  # seconds between two lines of a log about what all nodes download
 NARROW = 64  # columns; below, a node's line has no detail beside it
 CONTROLS = dict.fromkeys([*(code for code in range(0x20) if code != ord("\n")), *range(0x7F, 0xA0)])
 
@@ -77,10 +79,22 @@ class State:
         self.wave = node["wave"] = line["number"]
 
     def _phase(self, line: Line, node: dict[str, Any]) -> None:
-        node.update(phase=line["phase"], since=time.monotonic(), detail="")
+        node.update(phase=line["phase"], since=time.monotonic(), detail="", download={})
 
     def _progress(self, line: Line, node: dict[str, Any]) -> None:
         node["detail"] = line["text"].partition(" · ")[2] or line["text"]  # the phase says which unit
+        if "total" in line:
+            node["download"] = {name: line[name] for name in ("done", "total", "rate")}
+
+    def downloads(self) -> str:
+        """What the nodes download, all of them together; the last one is done when the slowest is."""
+        meters = [node["download"] for node in self.nodes.values() if node.get("download")]
+        if len(meters) < 2:
+            return ""
+        done, total, rate = (sum(meter[name] for meter in meters) for name in ("done", "total", "rate"))
+        text = f"{len(meters)} nodes: {filesize.decimal(done)} of {filesize.decimal(total)}, {filesize.decimal(rate)}/s"
+        left = [(meter["total"] - meter["done"]) / meter["rate"] for meter in meters if meter["rate"]]
+        return f"{text}, ETA {clock(max(left))}" if len(left) == len(meters) else text
 
     def _result(self, line: Line, node: dict[str, Any]) -> None:
         if line["outcome"] != "changed":
@@ -192,7 +206,12 @@ class LiveView(Silent):
             if wide:
                 cells.append(Text(node["detail"], "red" if style == "bold red" else "dim"))
             table.add_row(*cells)
-        foot = Text(state.note or state.play, "yellow" if state.note else "dim", overflow="ellipsis", no_wrap=True)
+        foot = Text(
+            state.note or " · ".join(filter(None, (state.play, state.downloads()))),
+            "yellow" if state.note else "dim",
+            overflow="ellipsis",
+            no_wrap=True,
+        )
         parts: list[RenderableType] = [head, table]
         hidden = len(state.nodes) - len(shown)
         if hidden:
@@ -224,6 +243,7 @@ class PlainView(Silent):
     def __init__(self, state: State, console: Console) -> None:
         super().__init__(state)
         self.console = console
+        self.said = 0.0  # when the nodes' downloads were
 
     def line(self, line: Line) -> None:
         self.state.take(line)
@@ -234,11 +254,18 @@ class PlainView(Silent):
             self._say(line["host"], line["phase"])
         elif what == "progress":
             self._say(line["host"], line["text"])
+            self._say_all()
         elif what == "result" and line["outcome"] != "changed":
             first = line["message"].splitlines()[0] if line["message"] else ""
             self._say(line["host"], f"{line['outcome']}: {first}")
         elif what in ("approval", "interrupt"):
             self._say("", self.state.note)
+
+    def _say_all(self) -> None:
+        """All nodes' downloads together, from time to time."""
+        if (text := self.state.downloads()) and time.monotonic() - self.said >= TOGETHER:
+            self.said = time.monotonic()
+            self._say("", text)
 
     def _say(self, host: str, text: str) -> None:
         elapsed = clock(time.monotonic() - self.state.begun)

@@ -9,6 +9,7 @@ from typing import Any
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.systemd import measured
 from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure
 from ansible_collections.glm.fleet.plugins.plugin_utils.journal import write
 
@@ -22,7 +23,7 @@ MODULE = "glm.fleet.systemd_job"
 def show(host: str, text: str) -> None:
     """How far it is: on the terminal, and in the journal."""
     Display().display(f"{host} · {text}")
-    write("progress", host=host, text=text)
+    write("progress", host=host, text=text, **measured(text))
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]

@@ -353,6 +353,28 @@ def test_the_live_table_fits_the_terminal(width: int) -> None:
     assert ("40 % of 755 GB" in lines[2]) is (width >= 80)
 
 
+def test_downloads_of_all_nodes_are_one_line() -> None:
+    state = State("glm-fleet prepare · lambda", ["a", "b", "c"])
+    text = "glm-weights.service · some"
+    for host, done, rate in (("a", 300e9, 1e9), ("b", 100e9, 2e9)):
+        state.take({"what": "phase", "host": host, "phase": "weights"})
+        assert not state.downloads()  # of one there is its own line
+        state.take({"what": "progress", "host": host, "text": text, "done": done, "total": 500e9, "rate": rate})
+    assert state.downloads() == "2 nodes: 400.0 GB of 1.0 TB, 3.0 GB/s, ETA 3:20"
+    state.take({"what": "progress", "host": "c", "text": text, "done": 0, "total": 500e9, "rate": 0})
+    assert state.downloads() == "3 nodes: 400.0 GB of 1.5 TB, 3.0 GB/s"
+    console = Console(file=io.StringIO(), width=80)
+    assert "3 nodes: 400.0 GB of 1.5 TB, 3.0 GB/s" in render(LiveView(state, console), console)
+    state.take({"what": "phase", "host": "a", "phase": "waiting"})
+    assert state.downloads().startswith("2 nodes: 100.0 GB")
+
+
+def render(view: LiveView, console: Console) -> str:
+    with console.capture() as captured:
+        console.print(view.render())
+    return captured.get()
+
+
 def test_many_nodes_are_as_many_lines_as_there_are() -> None:
     lines = shown(LiveView, 80, nodes=48).splitlines()
     assert len(lines) <= 24

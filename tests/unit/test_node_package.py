@@ -58,6 +58,15 @@ def test_the_meter_tells_rate_and_time_left(
     )
 
 
+def test_what_the_meter_tells_is_read_back() -> None:
+    meter = systemd.Meter("sharing", 755_600_000_000)
+    first = meter.text(0, now=10.0)
+    assert systemd.measured(first) == {"done": 0, "total": 755_600_000_000, "rate": 0}
+    text = "glm-weights.service · " + meter.text(30_700_000_000, "20.0 GB from the hub, 10.7 GB from peers", now=20.0)
+    assert systemd.measured(text) == {"done": 30_700_000_000, "total": 755_600_000_000, "rate": 3_100_000_000}
+    assert systemd.measured("waiting 2 min for the next attempt: 3 of 20 files") == {}
+
+
 @pytest.mark.parametrize("abstract", [False, True])
 def test_systemd_is_told(abstract: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(tmp_path / "notify")

@@ -5,8 +5,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import re
 import socket
 import time
+
+UNITS = ("B", "kB", "MB", "GB", "TB")
+SIZE = rf"([\d.]+) ({'|'.join(UNITS)})"
+METER = re.compile(rf"{SIZE} of {SIZE}(?:, {SIZE}/s)?")
 
 
 def notify(message: str) -> bool:
@@ -29,7 +34,7 @@ def status(text: str) -> None:
 
 def human(count: float) -> str:
     """Bytes, in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
+    for unit in UNITS[:-1]:
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
@@ -40,6 +45,16 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def measured(text: str) -> dict[str, int]:
+    """What a Meter wrote, as it rounded it: `done` and `total` in bytes, `rate` in bytes/s; empty without one."""
+    found = METER.search(text)
+    if not found:
+        return {}
+    numbers = iter(found.groups())
+    sizes = [round(float(count) * 1000 ** UNITS.index(unit)) if count else 0 for count, unit in zip(numbers, numbers)]
+    return dict(zip(("done", "total", "rate"), sizes))
 
 
 class Meter:
