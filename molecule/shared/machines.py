@@ -108,7 +108,7 @@ class Mirror:
             docker("exec", self.container, "rm", "-f", "/etc/hub/faults.json")
 
     def downloads(self) -> Counter[str]:
-        """How often the hub was asked for each file, but for the list of them."""
+        """How often the hub's client asked for each file."""
         asked: Counter[str] = Counter()
         for name, _address, times in json.loads(
             docker("exec", self.container, "curl", "-sf", "127.0.0.1:8081/downloads")

@@ -13,6 +13,7 @@ from testbed import ROOT, Run, docker
 
 SHARD = "model-00002-of-00004.safetensors"
 SHARED = r"shared: (\d+) of \1 files, ([\d.]+ k?M?B) from the hub, ([\d.]+ k?M?B) from peers"
+SERVER = "systemctl is-active glm-weights-share.service"
 SETTINGS = "cat /etc/glm/weights-share.conf /etc/systemd/system/glm-weights-share.service"
 
 
@@ -100,6 +101,7 @@ def test_the_others_take_over_from_a_node_that_is_lost(fleet: Sharing, prepared:
     assert max(asked.values()) <= 2 and sum(asked.values()) < 2 * len(asked)
     before = fleet.mirror.downloads()
     fleet.wait(lambda: lost.run("systemctl is-system-running", check=False).strip() in ("running", "degraded"), 180)
+    fleet.wait(lambda: lost.run(SERVER, check=False).strip() == "active", 60)
     back = fleet.prepare()
     assert back.code == 0, back.messages
     assert not fleet.asked_since(before)
@@ -139,16 +141,15 @@ def test_without_the_hub_what_no_peer_has_is_one_line(fleet: Sharing, prepared: 
 
 
 def test_it_is_taken_back_by_the_setting_and_by_teardown(fleet: Sharing, prepared: object) -> None:
-    there = "systemctl is-active glm-weights-share.service"
-    assert fleet.run(NEW, there).strip() == "active"
+    assert fleet.run(NEW, SERVER).strip() == "active"
     run = fleet.prepare(glm_weights_share=False)
     assert run.code == 0, run.messages
     for node in ADDRESSES:
-        assert fleet.run(node, there, check=False).strip() == "inactive"
+        assert fleet.run(node, SERVER, check=False).strip() == "inactive"
         assert fleet.run(node, SETTINGS, check=False) == ""
     run = fleet.prepare()
-    assert run.code == 0 and fleet.run(NEW, there).strip() == "active"
+    assert run.code == 0 and fleet.run(NEW, SERVER).strip() == "active"
     down = fleet.play("--limit", NEW, playbook="playbooks/teardown.yml", seconds=400, glm_teardown_confirm=True)
     assert down.code == 0, down.messages
-    assert fleet.run(NEW, there, check=False).strip() == "inactive"
+    assert fleet.run(NEW, SERVER, check=False).strip() == "inactive"
     assert fleet.run(NEW, SETTINGS, check=False) == ""

@@ -11,7 +11,7 @@ truncate   files of this pattern end after half of their bytes, and say that the
 flip       files of this pattern have one byte flipped, at the same size
 xet        files of this pattern are in a Xet store too, which takes connections and never answers
 
-/downloads tells how often each file was asked for, and from which address.
+/downloads tells how often the real client asked for each file, and from which address.
 README.md beside this file says what was compared with the real client.
 """
 
@@ -173,7 +173,7 @@ class Hub:
         await response.prepare(request)
         if request.method == "HEAD":
             return response
-        if not request.headers.get("User-Agent", "").startswith("glm-fleet"):  # that asks for the list
+        if "hf_hub" in request.headers.get("User-Agent", ""):  # others look whether it can be reached
             self.downloads[(name, request.remote or "")] += 1
         rate = faults.get("bytes_per_second")
         for begin in range(start, stop, CHUNK):
