@@ -257,6 +257,7 @@ def build_manifest(
 ) -> dict[str, Any]:
     """The hub's tree listing in this project's form."""
     files: list[dict[str, Any]] = []
+    unchecked: list[str] = []
     for entry in entries:
         if entry["type"] != "file":
             continue
@@ -268,14 +269,22 @@ def build_manifest(
                 "check glm_model and glm_hf_endpoint"
             )
         lfs = entry.get("lfs")
+        # For a large file the git object is only the pointer: its own hash is the sha256.
+        digest = str((lfs or entry).get("oid") or "").removeprefix("sha256:")
+        if not re.fullmatch(r"[0-9a-f]{64}" if lfs else r"[0-9a-f]{40}", digest):
+            unchecked.append(path)
         files.append(
             {
                 "path": path,
                 "size": int(lfs["size"] if lfs else entry["size"]),
-                # For a large file the git object is only the pointer: its own hash is the sha256.
-                "sha256": str(lfs["oid"]).replace("sha256:", "") if lfs else None,
-                "git_sha1": None if lfs else str(entry["oid"]),
+                "sha256": digest if lfs else None,
+                "git_sha1": None if lfs else digest,
             }
+        )
+    if unchecked:
+        raise HubError(
+            f"the hub lists {len(unchecked)} of {len(files)} files of {repo} without a hash to check them by, first "
+            f"{unchecked[0]}: set glm_hf_endpoint to a hub or a mirror that lists them"
         )
     if not any(item["path"].endswith(".safetensors") for item in files):
         raise HubError(f"revision {commit} of {repo} has no .safetensors file: check glm_model and glm_model_revision")

@@ -171,6 +171,18 @@ def test_what_a_checkpoint_has_is_known() -> None:
     assert len(build_manifest(REPO, REVISION, listing(*paths))["files"]) == 7
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"oid": None}, {"oid": "abc"}, {}, {"oid": "0" * 40, "lfs": {"size": 1}}, {"lfs": {"oid": "0" * 40}}]
+)
+def test_a_listing_without_hashes_is_refused(wrong: dict[str, Any]) -> None:
+    entry = {"type": "file", "path": "model.safetensors", "size": 1, **wrong}
+    if "lfs" in wrong:
+        entry["lfs"] = {"size": 1, **wrong["lfs"]}
+    good = {"type": "file", "path": "config.json", "size": 1, "oid": "0" * 40}
+    with pytest.raises(HubError, match=r"lists 1 of 2 files of \S+ without a hash to check them by, first model\.safe"):
+        build_manifest(REPO, REVISION, [good, entry])
+
+
 def test_metadata_alone_is_refused() -> None:
     with pytest.raises(HubError, match=r"no \.safetensors file"):
         build_manifest(REPO, REVISION, [{"type": "file", "path": "config.json", "size": 1, "oid": "0" * 40}])
