@@ -109,6 +109,7 @@ node-life: venv engine ## A node on its own: boots, updates, disks, networks and
 .PHONY: weights
 weights: venv engine ## Four nodes that bring the weights together: one joins, one lies, one is lost, the controller dies
 	@tests/run weights
+	@molecule/faults/table.py weights
 
 .PHONY: edge
 edge: venv engine ## Attack the edge while well-behaved clients go on: none of them may lose a request

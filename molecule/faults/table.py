@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Writes docs/faults.md from the results of the last `make faults`, which must hold every case that there is.
 
-table.py node-life writes its last part alone, from the results of the last `make node-life`.
+table.py node-life, or weights, writes the part of that suite alone, from the results of its last run.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -16,41 +17,50 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CASES = ROOT / "results/faults/cases"
 TARGET = ROOT / "docs/faults.md"
-LIFE = ROOT / "results/test/node-life.xml"
-LIFE_TITLE = "## A node on its own"
+# The parts that other suites write: their titles, and what they hold.
+PARTS = {
+    "node-life": (
+        "## A node on its own",
+        "Written by `make node-life`: what the system, the network and the provider do to a node while no run is\n"
+        "under way, or before the first one, and how it ends. Each was done for real to a node that serves, with\n"
+        "nobody there to help, unless a run is named.",
+    ),
+    "weights": (
+        "## Nodes that share the download",
+        "Written by `make weights`: four nodes bring the weights together, with real systemd, nginx, Docker and the\n"
+        "hub's own client. The hub counts how often it is asked for each file.",
+    ),
+}
 AREAS = ("Control", "Balancer", "Artifacts", "Engine", "Host", "Zz secrets")
 
 
-def life() -> int:
-    """The part about a node on its own: what each test did, by its name, and how long it took."""
-    cases = list(ET.parse(LIFE).getroot().iter("testcase"))
+def sections() -> dict[str, str]:
+    """The page, by the titles of its parts; what is before the first one has none."""
+    parts = re.split(r"(?m)^(?=## )", TARGET.read_text())
+    return {part.partition("\n")[0] if part.startswith("## ") else "": part.rstrip() for part in parts}
+
+
+def part(suite: str) -> int:
+    """The part of another suite: what each test did, by its name, and how long it took."""
+    title, words = PARTS[suite]
+    cases = list(ET.parse(ROOT / f"results/test/{suite}.xml").getroot().iter("testcase"))
     bad = [str(case.get("name")) for case in cases if len(case)]
     if bad:
         print(f"table: {', '.join(bad)} did not pass: docs/faults.md was not written", file=sys.stderr)
         return 1
-    lines = [
-        LIFE_TITLE,
-        "",
-        "Written by `make node-life`: what the system, the network and the provider do to a node while no run is",
-        "under way, or before the first one, and how it ends. Each was done for real to a node that serves, with",
-        "nobody there to help, unless a run is named.",
-        "",
-        "| what happened, and how it ended | seconds |",
-        "|---|---|",
-    ]
+    lines = [title, "", words, "", "| what happened, and how it ended | seconds |", "|---|---|"]
     for case in cases:
         name, _, kind = str(case.get("name")).removesuffix("]").partition("[")
         words = name.removeprefix("test_").replace("_", " ")
         lines.append(f"| {words}{f' ({kind})' if kind else ''} | {float(case.get('time', 0)):.0f} |")
-    before = TARGET.read_text().partition(LIFE_TITLE)[0].rstrip()
-    TARGET.write_text(before + "\n\n" + "\n".join(lines) + "\n")
-    print(f"{len(cases)} rows about a node on its own in docs/faults.md")
+    TARGET.write_text("\n\n".join({**sections(), title: "\n".join(lines)}.values()) + "\n")
+    print(f"{len(cases)} rows of {suite} in docs/faults.md")
     return 0
 
 
 def main() -> int:
-    if sys.argv[1:] == ["node-life"]:
-        return life()
+    if sys.argv[1:]:
+        return part(sys.argv[1])
     rows = [json.loads(path.read_text()) for path in sorted(CASES.glob("*.json"))]
     collect = ["pytest", "molecule/faults", "-m", "not command_line", "--collect-only", "-qq"]
     wanted = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -84,8 +94,9 @@ def main() -> int:
                 what = row["what"].replace("|", "\\|")
                 lines.append(f"| {row['fault']} | {what} | {row['requests']} | {lost_words} | {row['healthy_s']} s |")
         lines.append("")
-    kept = "".join(TARGET.read_text().partition(LIFE_TITLE)[1:])
-    TARGET.write_text("\n".join(lines).rstrip() + "\n" + (f"\n{kept}" if kept else ""))
+    titles = [title for title, _ in PARTS.values()]
+    kept = [text for title, text in sections().items() if title in titles]
+    TARGET.write_text("\n\n".join(["\n".join(lines).rstrip(), *kept]) + "\n")
     counts = Counter(row["area"] for row in rows)
     print(
         f"{len(rows)} faults in docs/faults.md: "
