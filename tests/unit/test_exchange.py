@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ import pytest
 from small_hub import REPO, REVISION, SmallHub, model, small_hub
 from test_haproxy_template import free_port
 from test_weights_fetch import Node
+from testbed import crowd
 
 ROOT = Path(__file__).resolve().parents[2]
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -41,7 +43,7 @@ class Peer(Node):
     @property
     def settings(self) -> dict[str, Any]:
         share = {"name": self.name, "addresses": self.addresses, "port": self.port, "patience": self.patience}
-        return {"share": share, "stall_timeout": 20}
+        return {"share": share, "stall_timeout": 300}
 
     def serve(self, **replaced: Any) -> None:
         (self.path / "run").mkdir(exist_ok=True)
@@ -120,7 +122,7 @@ def finish(nodes: list[Peer]) -> list[str]:
     running = [node.start(**node.settings) for node in nodes]
     said = []
     for node, process in zip(nodes, running):
-        _, err = process.communicate(timeout=100)
+        _, err = process.communicate(timeout=100 * crowd())
         assert process.returncode == 0, err
         content = node.content()
         del content[".glm-manifest.json"]
@@ -166,6 +168,16 @@ def test_peers_that_are_not_there_cost_some_patience_alone(peers: list[Peer], hu
     assert dict(hub.downloads) == dict.fromkeys(model(), 1)
 
 
+def test_what_a_peer_gets_slowly_is_waited_for(peers: list[Peer], hub: SmallHub) -> None:
+    """Longer than the patience with a peer that gives no sign of life."""
+    for peer in peers:
+        peer.serve()
+        peer.patience = math.ceil(3 * crowd())
+    hub.pause = 2 * peers[0].patience
+    finish(peers)
+    assert dict(hub.downloads) == dict.fromkeys(model(), 1)
+
+
 def test_a_peer_with_another_list_of_files_has_nothing(peers: list[Peer], hub: SmallHub) -> None:
     for peer in peers[:2]:
         peer.serve()
@@ -175,6 +187,22 @@ def test_a_peer_with_another_list_of_files_has_nothing(peers: list[Peer], hub: S
     marker.write_text(json.dumps({**json.loads(marker.read_text()), "sha256": "0" * 64}))
     finish(peers[:1])
     assert dict(hub.downloads) == dict.fromkeys(model(), 1)
+
+
+def test_a_node_whose_file_is_damaged_still_offers_the_others(peers: list[Peer], hub: SmallHub) -> None:
+    """Also after a repair that has failed."""
+    for peer in peers[:2]:
+        peer.serve()
+    shard = "model-00002-of-00003.safetensors"
+    peers[0].have({**model(), shard: b"damaged"})
+    hub.faults["/resolve/"] = (503, {}, 999)
+    peers[0].patience = peers[1].patience = 3
+    process = peers[0].start(**peers[0].settings)
+    _, err = process.communicate(timeout=100 * crowd())
+    assert process.returncode == 1 and f"1 of 1 files could not be downloaded, first {shard}" in err, err
+    hub.faults.clear()
+    finish(peers[1:2])
+    assert dict(hub.downloads) == {shard: 1}
 
 
 def test_what_was_right_is_neither_fetched_nor_hashed_again(peers: list[Peer], hub: SmallHub) -> None:
@@ -247,7 +275,7 @@ def test_each_nodes_share_comes_from_a_source_of_the_user_first(peers: list[Peer
     running = [peer.start(**peer.settings, sources=[str(source)]) for peer in peers]
     said = ""
     for process in running:
-        _, err = process.communicate(timeout=100)
+        _, err = process.communicate(timeout=100 * crowd())
         assert process.returncode == 0, err
         said += err
     assert f"from {source}" in said

@@ -28,6 +28,9 @@ OFFER = ".glm-offer"
 BUSY_FOR = 1.0
 # Wrong files after which a peer is not asked any more.
 LIES = 3
+# Times its patience that a node waits for the first or the next byte of what a peer brings from the hub: its client
+# takes a while to begin, and gives up by itself.
+HUB_PATIENCE = 4
 # Looks in a row without an answer after which one counts as gone.
 REFUSALS = 3
 HUB, PEERS = "the hub", "peers"
@@ -57,6 +60,8 @@ class Peer:
         self.opener = opener
         self.beat: Any = None
         self.seen = time.monotonic()  # when it last changed; at first it may still be starting
+        self.brought: Any = None
+        self.moved = time.monotonic()  # when it last had more of the model
         self.refused = 0  # looks in a row that got no answer
         self.complete = False
         self.have: set[int] = set()
@@ -79,6 +84,11 @@ class Peer:
 
     def holds(self) -> set[int]:
         return set() if self.lies >= LIES or self.refused >= REFUSALS else self.have - self.lacks
+
+    def brings(self, patience: float) -> set[int]:
+        """What it is getting from the hub just now."""
+        stuck = time.monotonic() - self.moved > HUB_PATIENCE * patience
+        return set() if stuck or self.gone(patience) else self.fetching
 
     def look(self, revision: str, manifest: str, count: int) -> None:
         """Asks for its state. One that is not as it should be is a peer without files."""
@@ -110,6 +120,9 @@ class Peer:
         beat = (state.get("beat"), self.complete, len(self.have))
         if state and beat != self.beat:
             self.beat, self.seen = beat, time.monotonic()
+        brought = (state.get("begun"), self.fetching, len(self.have))
+        if brought != self.brought:
+            self.brought, self.moved = brought, time.monotonic()
 
     def note(self, text: str) -> None:
         """To the journal, once in a row."""
@@ -183,9 +196,12 @@ class Exchange:
         self.problem: BaseException | None = None
         self.beat = 0
 
-    def run(self, paths: list[str]) -> set[str]:
-        """Returns the paths that are right. Raises Stopped, or OSError of the disk."""
-        self.take_stock(set(paths))
+    def run(self, paths: list[str], complete: Path | None = None) -> set[str]:
+        """Returns the paths that are right. Raises Stopped, or OSError of the disk.
+
+        `complete` is the directory of the revision where all but these paths are there and right.
+        """
+        self.take_stock(set(paths), complete)
         total = sum(self.files[file].size for file in self.missing)
         meter = Meter("sharing", total)
         work = [self.watch_peers, self.ask_hub] + [self.gather] * self.settings.transfers
@@ -231,20 +247,32 @@ class Exchange:
         with self.changed:
             if self.problem or not self.missing:
                 return True
-            return self.idle(3) and not self.local
+            return not self.local and (self.idle(3) or self.hopeless())
 
     def idle(self, times: float = 1) -> bool:
         """Whether nothing has come for so many times the patience, and nothing is coming. With the lock held."""
         quiet = time.monotonic() - self.moved > times * self.settings.patience
-        return quiet and self.looked and not self.gathering and not self.from_hub
+        return quiet and self.looked and not self.gathering and not self.from_hub and not self.coming() & self.missing
+
+    def hopeless(self) -> bool:
+        """Whether neither the hub nor any peer can give what is missing. With the lock held."""
+        if not (self.hub_failed and self.looked) or self.gathering or self.from_hub or self.holders():
+            return False
+        return all(peer.gone(self.settings.patience) for peer in self.peers.values())
+
+    def coming(self) -> set[int]:
+        """What peers are getting from the hub just now. With the lock held."""
+        return set().union(*(peer.brings(self.settings.patience) for peer in self.peers.values()))
 
     # --- what is here -------------------------------------------------------------------------------------
 
-    def take_stock(self, paths: set[str]) -> None:
+    def take_stock(self, paths: set[str], complete: Path | None) -> None:
         """What an earlier run found right is offered still, as a link, and not hashed again."""
         (self.offer / "files").mkdir(parents=True, exist_ok=True)
         for place, file in enumerate(self.files):
             if file.path not in paths:
+                if complete:  # offered from there
+                    self.verified.add(place)
                 continue
             offered = self.offered(place)
             if self.arrived(place) and offered.exists() and offered.samefile(self.root / file.path):
@@ -283,6 +311,7 @@ class Exchange:
             "manifest": self.manifest["sha256"],
             "have": sorted(self.verified),
             "hub": sorted(self.from_hub),
+            "begun": self.hub_begun() if self.from_hub else 0,
             "no_hub": self.hub_failed,
             "beat": f"{os.getpid()}.{self.beat}",
         }
@@ -468,7 +497,6 @@ class Exchange:
         if not self.looked:
             return []
         here = {node: peer for node, peer in self.peers.items() if not peer.gone(self.settings.patience)}
-        fetching = set().union(*(peer.fetching for peer in here.values()))
         held = set(self.holders())
         passed_over: dict[int, set[int]] = {}
         for node, peer in self.peers.items():
@@ -480,9 +508,8 @@ class Exchange:
             for file in open_files - held:
                 late = next((heir for heir in self.plan.heirs(file) if heir in here), self.me)
                 passed_over.setdefault(file, set()).add(late)
-            fetching = set()
         gone = set(self.peers) - set(here)
-        return self.plan.duties(self.me, open_files - fetching, held, gone, passed_over)
+        return self.plan.duties(self.me, open_files - self.coming(), held, gone, passed_over)
 
 
 def as_wanted(item: dict[str, Any]) -> Wanted:
