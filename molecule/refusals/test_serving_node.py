@@ -258,7 +258,7 @@ def driver_settings() -> dict[str, Any]:
     address = "http://198.18.66.2:8080"
     return {
         "playbook": "playbooks/driver.yml",
-        "seconds": 400,
+        "seconds": 700,  # with a reboot
         "glm_nvidia_apt_url": f"{address}/compute/cuda/repos",
         "glm_nvidia_apt_key_fingerprint": docker("exec", MIRROR, "cat", "/srv/apt/key.fingerprint").strip(),
         "glm_driver_mode": "upgrade",

@@ -17,12 +17,14 @@ import yaml
 
 SHARED = Path(__file__).resolve().parent
 ROOT = SHARED.parents[1]
-# What a play may have changed on a node: files by content, links, packages, units, containers.
+# What a play may have changed on a node: files by content, links, packages, units, containers. Not what the node writes
+# by itself, the counts of each key's tokens every minute.
 SNAPSHOT = r"""
 set -u
 for directory in /etc /opt /usr/local /root /srv /var/lib/glm; do
   [ -d "$directory" ] || { echo "$directory: absent"; continue; }
-  find "$directory" -xdev -path /var/lib/glm/cache -prune -o -printf '%p %y %m %u %l\n' -type f -size -2M \
+  find "$directory" -xdev -path /var/lib/glm/cache -prune -o -path /var/lib/glm/accounts -prune -o \
+    -printf '%p %y %m %u %l\n' -type f -size -2M \
     -exec sha256sum {} + | sort
 done
 dpkg-query -W -f '${Package} ${Version} ${Status}\n'
