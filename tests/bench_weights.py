@@ -55,6 +55,7 @@ SHARDS, SHARD = 141, 1_360_000  # as many as the real checkpoint has
 CHECKPOINT = [5_360_000_000] * 141  # bytes, about those of GLM-5.2-FP8
 REAL_HUB = 1e9  # bytes a second for a node
 TRANSFERS = HUB_FILES = 4  # files at a time
+LOOKED = 64  # waiting nodes that are looked at when a peer has room again
 
 
 @dataclass(eq=False)
@@ -86,6 +87,8 @@ class Simulation:
         self.holders: dict[int, list[int]] = {}
         self.up: list[set[Flow]] = [set() for _ in range(nodes)]
         self.down: list[set[Flow]] = [set() for _ in range(nodes)]
+        self.full: set[int] = set()  # give as many files as they do at a time
+        self.waiting: dict[int, None] = {}  # for a peer that has what they lack, the longest first
 
     def run(self) -> float:
         """Seconds until the last node has everything."""
@@ -98,7 +101,10 @@ class Simulation:
             if flow is None:  # it is known now that a node has the file
                 self.holders.setdefault(file, []).append(version)
                 for node in range(self.nodes):
-                    self.gather(node)
+                    if version in self.full:
+                        break
+                    if file in self.missing[node]:
+                        self.gather(node)
             elif flow.version == version:
                 finished = self.now
                 self.end(flow)
@@ -110,34 +116,46 @@ class Simulation:
         if self.shares[node]:
             self.begin(Flow(-1, node, self.shares[node].pop(0), 0))
 
-    def gather(self, node: int) -> None:
+    def gather(self, node: int) -> bool:
+        """Begins what the node can begin; tells whether that was anything."""
+        begun = False
         limit = TRANSFERS // 2 if any(flow.source < 0 for flow in self.down[node]) else TRANSFERS
         while sum(flow.source >= 0 for flow in self.down[node]) < limit and self.missing[node]:
             coming = {flow.file for flow in self.down[node]}
-            busy = {flow.source for flow in self.down[node]}
-            busy |= {peer for peer in range(self.nodes) if len(self.up[peer]) >= TRANSFERS}
+            busy = self.full | {flow.source for flow in self.down[node]}
             choice = self.plan.pick(node, self.missing[node] - coming, self.holders, busy)
             if not choice:
-                return
+                self.waiting[node] = None
+                return begun
             self.begin(Flow(choice[1], node, choice[0], 0))
+            begun = True
+        self.waiting.pop(node, None)
+        return begun
 
     def begin(self, flow: Flow) -> None:
         flow.left, flow.since = self.sizes[flow.file], self.now
         self.down[flow.target].add(flow)
         if flow.source >= 0:
             self.up[flow.source].add(flow)
+            if len(self.up[flow.source]) >= TRANSFERS:
+                self.full.add(flow.source)
         self.settle(flow)
 
     def end(self, flow: Flow) -> None:
         self.down[flow.target].discard(flow)
         if flow.source >= 0:
             self.up[flow.source].discard(flow)
+            self.full.discard(flow.source)
         self.missing[flow.target].discard(flow.file)
         heapq.heappush(self.events, (self.now + self.delay, next(self.order), None, flow.target, flow.file))
         self.settle(flow)
         if flow.source < 0:
             self.ask_hub(flow.target)
         self.gather(flow.target)
+        if flow.source >= 0:
+            for node in list(self.waiting)[:LOOKED]:
+                if flow.source in self.full or self.gather(node):
+                    break
 
     def settle(self, changed: Flow) -> None:
         """New rates for all that shares a link with it."""
