@@ -134,8 +134,8 @@ def test_rolling_upgrade(fleet: Fleet, load: None) -> None:
     fleet.say(
         f"rolling upgrade of 3 nodes: {wall:.0f} s, the engines' own stops and starts {own:.0f} s: {wall / own:.2f}"
     )
-    # With its checkpoint of a few MB real vLLM starts in a minute, which is no time to hide other work in. The run's own
-    # part takes longer on a machine that others use too.
+    # With its checkpoint of a few MB real vLLM starts in a minute, which is no time to hide other work in. The run's
+    # own part takes longer on a machine that others use too.
     assert REAL or wall <= own + (BUDGET - 1) * own * crowd()
 
 
