@@ -26,6 +26,21 @@ NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 pytestmark = pytest.mark.skipif(not NGINX, reason="there is no nginx: tests/programs brings it")
 
 
+def server_config(run: Path, models: Path, addresses: dict[str, str], name: str, port: int) -> str:
+    template = jinja2.Environment(trim_blocks=True)
+    template.filters["comment"] = lambda text: f"# {text}"
+    return template.from_string((ROOT / "templates/weights-share.conf.j2").read_text()).render(
+        ansible_managed="test",
+        __model_weights_share_runtime=run,
+        __model_weights_model_directory=models,
+        model_weights_share_addresses=addresses,
+        model_weights_share_name=name,
+        model_weights_share_port=port,
+        model_weights_share_transfers=4,
+        model_weights_share_rate=0,
+    )
+
+
 class Peer(Node):
     """One of three nodes, each with an address on loopback of its own."""
 
@@ -44,22 +59,9 @@ class Peer(Node):
         share = {"name": self.name, "addresses": self.addresses, "port": self.port, "patience": self.patience}
         return {"share": share, "stall_timeout": 300}
 
-    def serve(self, **replaced: Any) -> None:
+    def serve(self) -> None:
         (self.path / "run").mkdir(exist_ok=True)
-        variables = {
-            "ansible_managed": "test",
-            "__model_weights_share_runtime": self.path / "run",
-            "__model_weights_model_directory": self.models,
-            "model_weights_share_addresses": self.addresses,
-            "model_weights_share_name": self.name,
-            "model_weights_share_port": self.port,
-            "model_weights_share_transfers": 4,
-            "model_weights_share_rate": 0,
-            **replaced,
-        }
-        template = jinja2.Environment(trim_blocks=True)
-        template.filters["comment"] = lambda text: f"# {text}"
-        text = template.from_string((ROOT / "templates/weights-share.conf.j2").read_text()).render(variables)
+        text = server_config(self.path / "run", self.models, self.addresses, self.name, self.port)
         if os.geteuid() == 0:
             text += "user root;\n"  # pytest's directories are their owner's alone
         config = self.path / "nginx.conf"
@@ -253,6 +255,11 @@ def test_only_the_fleet_is_answered_and_only_what_is_right_is_given(peers: list[
         f"/{REVISION}/files/%2e%2e/%2e%2e/weights.json",
     ):
         assert node.ask(path)[0] in (400, 403, 404), path
+
+
+def test_addresses_may_be_of_ipv6(tmp_path: Path) -> None:
+    text = server_config(tmp_path, tmp_path, {"node1": "fd00::1", "node2": "fd00::2"}, "node1", 8004)
+    assert "    listen [fd00::1]:8004;\n" in text and "    allow fd00::2;\n" in text
 
 
 def test_a_node_that_is_not_of_the_fleet_is_refused(peers: list[Peer]) -> None:
