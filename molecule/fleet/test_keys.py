@@ -161,9 +161,9 @@ def test_keys_are_not_made_anew_by_accident(fleet: Fleet, file: Path, tmp_path: 
     for arguments in ((), ("--limit", "fleet-3,gateways")):
         run = fleet.play(*arguments, glm_api_keys_file=str(absent))
         assert run.code != 0 and run.recap("changed") == 0
-        (said,) = {message for message in run.messages if "have API keys already" in message}
+        (said,) = {message for message in run.messages if "API keys are already on" in message}
         assert (
-            f"fleet-1, fleet-2, fleet-3, fleet-gateway-1, fleet-gateway-2 have API keys already, and {absent}" in said
+            f"API keys are already on fleet-1, fleet-2, fleet-3, fleet-gateway-1, fleet-gateway-2, and {absent}" in said
         )
         assert not absent.exists()
     assert fleet.accepts("fleet-gateway-1")
