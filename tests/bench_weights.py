@@ -497,7 +497,9 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "joins": ("one node joins 7 that serve", {"nodes": NODES, "lan_rate": LAN3, "serving": NODES - 1}),
 }
 # What must hold: of the time of one node alone, and of the checkpoint from the hub.
-BUDGETS = {SHARED: (0.45, 1.02), "equal": (1.0, 1.02), "joins": (1.0, 0.0)}
+# Where the LAN is as fast as the hub 1.0 cannot be had: TCP's headers go over the link too, and the last files are passed
+# on when the hub has nothing more to give.
+BUDGETS = {SHARED: (0.45, 1.02), "equal": (1.2, 1.02), "joins": (1.0, 0.0)}
 KILLED_BUDGET = 1.15  # of the time of the run without
 
 
