@@ -85,8 +85,9 @@ class Simulation:
         self.missing = [set(range(len(sizes))) for _ in range(nodes)]
         self.shares = [list(share) for share in self.plan.shares]
         self.holders: dict[int, list[int]] = {}
-        self.up: list[set[Flow]] = [set() for _ in range(nodes)]
-        self.down: list[set[Flow]] = [set() for _ in range(nodes)]
+        # In order, so that each run is the same.
+        self.up: list[dict[Flow, None]] = [{} for _ in range(nodes)]
+        self.down: list[dict[Flow, None]] = [{} for _ in range(nodes)]
         self.full: set[int] = set()  # give as many files as they do at a time
         self.waiting: dict[int, None] = {}  # for a peer that has what they lack, the longest first
 
@@ -134,17 +135,17 @@ class Simulation:
 
     def begin(self, flow: Flow) -> None:
         flow.left, flow.since = self.sizes[flow.file], self.now
-        self.down[flow.target].add(flow)
+        self.down[flow.target][flow] = None
         if flow.source >= 0:
-            self.up[flow.source].add(flow)
+            self.up[flow.source][flow] = None
             if len(self.up[flow.source]) >= TRANSFERS:
                 self.full.add(flow.source)
         self.settle(flow)
 
     def end(self, flow: Flow) -> None:
-        self.down[flow.target].discard(flow)
+        self.down[flow.target].pop(flow)
         if flow.source >= 0:
-            self.up[flow.source].discard(flow)
+            self.up[flow.source].pop(flow)
             self.full.discard(flow.source)
         self.missing[flow.target].discard(flow.file)
         heapq.heappush(self.events, (self.now + self.delay, next(self.order), None, flow.target, flow.file))
@@ -159,7 +160,7 @@ class Simulation:
 
     def settle(self, changed: Flow) -> None:
         """New rates for all that shares a link with it."""
-        touched = set(self.down[changed.target])
+        touched = dict(self.down[changed.target])
         if changed.source >= 0:
             touched |= self.up[changed.source]
         for flow in touched:
@@ -497,8 +498,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "joins": ("one node joins 7 that serve", {"nodes": NODES, "lan_rate": LAN3, "serving": NODES - 1}),
 }
 # What must hold: of the time of one node alone, and of the checkpoint from the hub.
-# Where the LAN is as fast as the hub 1.0 cannot be had: TCP's headers go over the link too, and the last files are passed
-# on when the hub has nothing more to give.
+# Where the LAN is as fast as the hub 1.0 cannot be had: TCP's headers go over the link too, and the last files are
+# passed on when the hub has nothing more to give.
 BUDGETS = {SHARED: (0.45, 1.02), "equal": (1.2, 1.02), "joins": (1.0, 0.0)}
 KILLED_BUDGET = 1.15  # of the time of the run without
 
