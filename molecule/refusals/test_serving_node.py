@@ -11,7 +11,7 @@ from typing import Any
 import lambda_server
 import pytest
 import yaml
-from node import MIRROR, Node
+from node import INVENTORY, MIRROR, Node
 from testbed import ROOT, Play, differences, docker
 
 QUESTION = yaml.safe_load((ROOT / "roles/verify/files/questions.yml").read_text())["sum"]
@@ -231,6 +231,8 @@ def test_only_a_drained_node_is_given_back(
     node: Node, play: Play, untouched: None, account: tuple[lambda_server.Lambda, dict[str, Any]]
 ) -> None:
     cloud, settings = account
+    known_hosts = INVENTORY / "keys/known_hosts"
+    known = known_hosts.read_text()
     refused = play(**settings)
     assert refused.code != 0
     assert refused.line(
@@ -248,7 +250,9 @@ def test_only_a_drained_node_is_given_back(
         done = play(**settings)
         assert (done.code, done.recap("changed")) == (0, 1), done.messages
         assert [entry["name"] for entry in cloud.instances] == ["other"]
+        assert known_hosts.read_text() == ""
     finally:
+        known_hosts.write_text(known)  # the machine is still there
         back = play(playbook="playbooks/undrain.yml", seconds=400)
     assert back.code == 0, back.messages
 
