@@ -105,8 +105,8 @@ def test_ansible_playbook_finds_the_same_end(served: str, demo: Demo, job: NewJo
     [
         (5, "{file} does not exist, and a key made here would be lost with this job: give the job a file of keys by a "
             "credential (docs/awx.md)"),
-        (0, "Nothing was changed: API keys are already on demo-1, and {file} is not there: put the file there that they "
-            "came from, or set glm_new_api_keys: true, after which each client needs a new key"),
+        (0, "Nothing was changed: API keys are already on demo-1, and {file} is not there: put the file there that "
+            "they came from, or set glm_new_api_keys: true, after which each client needs a new key"),
     ],
     ids=["in AWX", "in ansible-navigator"],
 )  # fmt: skip
