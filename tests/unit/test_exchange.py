@@ -6,18 +6,20 @@ import hashlib
 import http.client
 import json
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import pytest
 from small_hub import REPO, REVISION, SmallHub, model, small_hub
-from test_haproxy_template import free_port
 from test_weights_fetch import Node
 from testbed import crowd
 
@@ -104,6 +106,16 @@ class Peer(Node):
         (target / ".glm-manifest.json").write_text(json.dumps(manifest))
 
 
+def server_port() -> int:
+    """Free at all addresses, and below those that the peers' own connections get from the system."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with ExitStack() as stack, suppress(OSError):
+            for place in (1, 2, 3):
+                stack.enter_context(socket.create_server((f"127.0.77.{place}", port)))
+            return port
+
+
 @pytest.fixture
 def hub() -> Iterator[SmallHub]:
     with small_hub() as server:
@@ -112,7 +124,7 @@ def hub() -> Iterator[SmallHub]:
 
 @pytest.fixture
 def peers(tmp_path: Path, hub: SmallHub) -> Iterator[list[Peer]]:
-    port = free_port()
+    port = server_port()
     nodes = [Peer(tmp_path / f"node{place}", hub, place, port) for place in (1, 2, 3)]
     yield nodes
     for node in nodes:
