@@ -11,7 +11,6 @@ import concurrent.futures
 import http.client
 import json
 import os
-import shutil
 import sys
 import threading
 import time
@@ -225,11 +224,6 @@ class Exchange:
             raise self.problem
         say(f"shared: {self.note()}")
         return {self.files[file].path for file in self.verified}
-
-    def close(self) -> None:
-        """To be called when the revision is in its place, from where it is offered then."""
-        shutil.rmtree(self.offer, ignore_errors=True)
-        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def guard(self, work: Callable[[], None]) -> None:
         try:
