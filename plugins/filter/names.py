@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ansible.module_utils.parsing.convert_bool import boolean
 from ansible_collections.glm.fleet.plugins.plugin_utils.edges import edge_of
 
 DEFAULT_SSH_PORT = 22
@@ -103,11 +104,6 @@ def is_ip(address: str) -> bool:
     return True
 
 
-def is_true(value: object) -> bool:
-    """As Ansible reads a setting, which is text where the command line gives it."""
-    return str(value).lower() in ("true", "yes", "on", "1")
-
-
 def gateway_problems(gateways: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line for each mistake that keeps several gateways from telling each other where sessions are."""
 
@@ -127,7 +123,9 @@ def gateway_problems(gateways: Sequence[str], hostvars: Mapping[str, Mapping[str
 
 def share_problems(nodes: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line for each mistake that keeps the nodes from giving each other the weights."""
-    sharing = [name for name in nodes if len(nodes) > 1 and is_true(hostvars[name].get("glm_weights_share"))]
+    sharing = [
+        name for name in nodes if len(nodes) > 1 and boolean(hostvars[name].get("glm_weights_share"), strict=False)
+    ]
     edges = [edge_of(name, hostvars[name]) for name in sharing]
     return [
         f"glm_weights_share: the other nodes know {edge['name']} by its address, and {edge['address']} is a name: set "

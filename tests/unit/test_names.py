@@ -7,6 +7,7 @@ from ansible_collections.glm.fleet.plugins.filter.names import (
     differing_settings,
     results_problems,
     role_variables,
+    share_problems,
     variables_of_roles,
 )
 
@@ -52,3 +53,18 @@ def test_a_setting_of_the_fleet_that_one_host_sets_alone_is_named() -> None:
 
 def test_the_same_setting_everywhere_is_no_finding() -> None:
     assert differing_settings(["a", "b"], {"a": {"glm_image": "x"}, "b": {"glm_image": "x"}}, ["glm_image"]) == []
+
+
+@pytest.mark.parametrize(("share", "address", "found"), [
+    (True, "node-1.example", 1), ("yes", "node-1.example", 1), ("false", "node-1.example", 0),
+    (None, "node-1.example", 0), (True, "198.18.0.1", 0), (True, "fd00::1", 0),
+])  # fmt: skip
+def test_nodes_that_share_are_known_by_an_ip_address(share: object, address: str, found: int) -> None:
+    hostvars: dict[str, dict[str, object]] = {
+        "node-1": {"ansible_host": address, "glm_weights_share": share},
+        "node-2": {"ansible_host": "198.18.0.2"},
+    }
+    problems = share_problems(["node-1", "node-2"], hostvars)
+    assert len(problems) == found
+    assert all("node-1.example is a name: set glm_node_address for it" in problem for problem in problems)
+    assert share_problems(["node-1"], hostvars) == []
