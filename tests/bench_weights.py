@@ -31,12 +31,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / path) for path in ("tests/unit", "plugins/module_utils", "collections", ".")]
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.shares import Plan  # noqa: E402
 from ansible_collections.glm.fleet.plugins.modules.hub_manifest import build_manifest  # noqa: E402
+from share_server import server_config  # noqa: E402
 from small_hub import DOCKER, REPO, REVISION  # noqa: E402
 
 PROGRAM = ROOT / "roles/model_weights/files/weights-fetch"
@@ -394,19 +393,7 @@ class Node:
         (self.path / "weights.json").write_text(json.dumps(config))
         if len(names) == 1:
             return
-        template = (ROOT / "templates/weights-share.conf.j2").read_text()
-        environment = jinja2.Environment(trim_blocks=True, autoescape=False)
-        environment.filters["comment"] = lambda text: f"# {text}"
-        text = environment.from_string(template).render(
-            ansible_managed="bench",
-            __model_weights_share_runtime=self.path / "run",
-            __model_weights_model_directory=self.models,
-            model_weights_share_addresses=addresses,
-            model_weights_share_name=self.name,
-            model_weights_share_port=PORT,
-            model_weights_share_transfers=TRANSFERS,
-            model_weights_share_rate=0,
-        )
+        text = server_config(self.path / "run", self.models, addresses, self.name, PORT)
         if lie:
             wrong = f"location = /{REVISION}/files/{lie} {{ alias {self.path}/wrong; }}\n    location / {{"
             text = text.replace("location / {", wrong)

@@ -17,29 +17,13 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pytest
+from share_server import server_config
 from small_hub import REPO, REVISION, SmallHub, model, small_hub
 from test_weights_fetch import Node
 from testbed import crowd
 
-ROOT = Path(__file__).resolve().parents[2]
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") or "nginx"  # tests/programs brings it
-
-
-def server_config(run: Path, models: Path, addresses: dict[str, str], name: str, port: int) -> str:
-    template = jinja2.Environment(trim_blocks=True)
-    template.filters["comment"] = lambda text: f"# {text}"
-    return template.from_string((ROOT / "templates/weights-share.conf.j2").read_text()).render(
-        ansible_managed="test",
-        __model_weights_share_runtime=run,
-        __model_weights_model_directory=models,
-        model_weights_share_addresses=addresses,
-        model_weights_share_name=name,
-        model_weights_share_port=port,
-        model_weights_share_transfers=4,
-        model_weights_share_rate=0,
-    )
 
 
 class Peer(Node):
