@@ -67,6 +67,21 @@ image:
     cuda: {description: 'CUDA release inside of the image, or null.', type: str, sample: "12.9"}
     size_bytes: {description: Bytes to download., type: int}
     entrypoint: {description: Entry point of the image., type: list, elements: str}
+    manifests:
+      description: 'The index, where there is one, and the manifest of the platform, as the registry sent them.'
+      type: list
+      elements: dict
+      contains:
+        digest: {description: Digest of the content., type: str}
+        media_type: {description: Its Content-Type., type: str}
+        content: {description: 'The text, byte by byte.', type: str}
+    blobs:
+      description: 'The configuration and the layers, each once.'
+      type: list
+      elements: dict
+      contains:
+        digest: {description: Digest of the blob., type: str}
+        size: {description: Its bytes., type: int}
 error:
   description: One line on what went wrong and what to do; empty if nothing did.
   returned: always
@@ -80,7 +95,7 @@ import re
 import time
 import urllib.error
 import urllib.parse
-from typing import Any
+from typing import Any, NamedTuple
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import open_url
@@ -121,6 +136,18 @@ class Reference:
             raise Problem(f"{ref!r} is no image reference: write NAME:TAG or NAME@sha256:DIGEST")
 
 
+class Manifest(NamedTuple):
+    """A manifest or an index, as the registry sent it."""
+
+    digest: str
+    media_type: str
+    content: str
+    parsed: dict[str, Any]
+
+    def as_dict(self) -> dict[str, str]:
+        return {"digest": self.digest, "media_type": self.media_type, "content": self.content}
+
+
 class Registry:
     """Read access to one repository over the registry's HTTP API."""
 
@@ -137,8 +164,8 @@ class Registry:
         self.name = f"registry mirror {self.base}" if mirror and reference.registry == DOCKER_HUB else f"{self.base}"
         self.token = ""
 
-    def manifest(self, which: str) -> tuple[dict[str, Any], str]:
-        """The manifest or index of a tag or digest, and its digest."""
+    def manifest(self, which: str) -> Manifest:
+        """The manifest or index of a tag or digest."""
         body, headers = self._get(f"manifests/{which}", ", ".join(INDEX_TYPES + MANIFEST_TYPES))
         digest = sha256(body)
         claimed = which if which.startswith("sha256:") else headers.get("Docker-Content-Digest", digest)
@@ -147,7 +174,9 @@ class Registry:
                 f"{self.name} sent a manifest of {self.path} with the digest {digest}, not {claimed}: "
                 f"it is damaged or was tampered with: {OTHER_MIRROR}"
             )
-        return parse(body, self.name), digest
+        parsed = parse(body, self.name)
+        kind = parsed.get("mediaType") or headers.get("Content-Type", "").partition(";")[0].strip()
+        return Manifest(digest, kind, body.decode(), parsed)
 
     def blob(self, digest: str) -> dict[str, Any]:
         body, _headers = self._get(f"blobs/{digest}", "*/*")
@@ -232,7 +261,7 @@ def sha256(body: bytes) -> str:
 
 def parse(body: bytes, source: str) -> dict[str, Any]:
     try:
-        data = json.loads(body)
+        data = json.loads(body.decode())
     except ValueError:
         data = None
     if not isinstance(data, dict):
@@ -266,25 +295,34 @@ def resolve(
 ) -> dict[str, Any]:
     reference = Reference(ref)
     registry = Registry(reference, mirror, timeout, retries, ca_path)
-    manifest, digest = registry.manifest(reference.tag or reference.digest)
+    top = registry.manifest(reference.tag or reference.digest)
+    manifests, digest = [top], top.digest
     if reference.digest and digest != reference.digest:
         raise Problem(
             f"{reference.repository}:{reference.tag} is {digest} by now, not {reference.digest} as pinned: "
             f"write {reference.repository}@{reference.digest} to stay with that one, or pin the new one"
         )
-    if "manifests" in manifest:
-        manifest, _digest = registry.manifest(select(manifest, platform, ref))
-    if "config" not in manifest or "layers" not in manifest:
-        kind = manifest.get("mediaType", "schema 1")
+    if "manifests" in top.parsed:
+        manifests.append(registry.manifest(select(top.parsed, platform, ref)))
+    manifest = manifests[-1].parsed
+    strange = [each.media_type for each in manifests if each.media_type not in INDEX_TYPES + MANIFEST_TYPES]
+    if strange or "config" not in manifest or "layers" not in manifest:
+        kind = next(iter(strange), "") or manifest.get("mediaType", "schema 1")
         raise Problem(f"{ref} has a manifest of a kind that is not supported ({kind}): set glm_image to another build")
     config = registry.blob(manifest["config"]["digest"]).get("config") or {}
     env = dict(entry.partition("=")[::2] for entry in config.get("Env") or [])
     labels = config.get("Labels") or {}
+    sizes = {str(blob["digest"]): int(blob["size"]) for blob in (manifest["config"], *manifest["layers"])}
+    other = next((blob for blob in sizes if not re.fullmatch(r"sha256:[0-9a-f]{64}", blob)), None)
+    if other:
+        raise Problem(f"{ref} has a blob without a sha256 ({other}): set glm_image to another build")
     return {
         "ref": ref, "registry": reference.registry, "repository": reference.repository, "tag": reference.tag,
         "digest": digest, "pull_ref": f"{reference.repository}@{digest}", "config_env": env, "labels": labels,
         "cuda": cuda_release(env, labels), "entrypoint": config.get("Entrypoint") or [],
         "size_bytes": sum(layer["size"] for layer in manifest["layers"]),
+        "manifests": [each.as_dict() for each in manifests],
+        "blobs": [{"digest": blob, "size": size} for blob, size in sizes.items()],
     }  # fmt: skip
 
 

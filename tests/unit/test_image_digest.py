@@ -30,7 +30,8 @@ CONFIG = dump(
         }
     }
 )
-IMAGE = dump({"mediaType": MANIFEST, "config": {"digest": digest(CONFIG)}, "layers": [{"size": 30}, {"size": 12}]})
+LAYERS = [{"digest": f"sha256:{number * 64}", "size": size} for number, size in (("a", 30), ("b", 6), ("b", 6))]
+IMAGE = dump({"mediaType": MANIFEST, "config": {"digest": digest(CONFIG), "size": len(CONFIG)}, "layers": LAYERS})
 LIST = dump(
     {
         "mediaType": INDEX,
@@ -106,6 +107,23 @@ def test_a_tag_of_a_single_image(registry: Registry) -> None:
 def test_a_tag_of_an_index_gives_the_digest_that_docker_pull_takes(registry: Registry) -> None:
     image = resolve(registry, "vllm/vllm-openai:multi")
     assert image["digest"] == digest(LIST) and image["cuda"] == "12.9"
+
+
+def test_the_manifests_and_the_blobs_that_a_pull_takes(registry: Registry) -> None:
+    single, multi = (resolve(registry, f"vllm/vllm-openai:{tag}") for tag in ("single", "multi"))
+    manifest = {"digest": digest(IMAGE), "media_type": MANIFEST, "content": IMAGE.decode()}
+    assert single["manifests"] == [manifest]
+    assert multi["manifests"] == [{"digest": digest(LIST), "media_type": INDEX, "content": LIST.decode()}, manifest]
+    blobs = [{"digest": digest(CONFIG), "size": len(CONFIG)}, *LAYERS[:2]]
+    assert single["blobs"] == multi["blobs"] == blobs
+
+
+def test_a_manifest_without_its_type_has_that_of_the_answer(registry: Registry) -> None:
+    kind = image_digest.MANIFEST_TYPES[0]
+    body = dump({key: value for key, value in json.loads(IMAGE).items() if key != "mediaType"}) + b"\n"
+    registry.answers["/v2/vllm/vllm-openai/manifests/oci"] = (200, body, {"Content-Type": f"{kind}; charset=utf-8"})
+    (manifest,) = resolve(registry, "vllm/vllm-openai:oci")["manifests"]
+    assert manifest == {"digest": digest(body), "media_type": kind, "content": body.decode()}
 
 
 def test_a_digest_stays_what_it_is(registry: Registry) -> None:
