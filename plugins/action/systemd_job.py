@@ -8,22 +8,14 @@ from typing import Any
 
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
-from ansible.utils.display import Display
-from ansible_collections.glm.fleet.plugins.module_utils.glm_node.systemd import measured
 from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure
-from ansible_collections.glm.fleet.plugins.plugin_utils.journal import write
+from ansible_collections.glm.fleet.plugins.plugin_utils.journal import show
 
 # Seconds that the first call stays on the node, and the longest: each stays twice as long as the one before, so that
 # a short run shows its progress soon and a long one costs few calls. All end with the run.
 FIRST_WAIT, LONGEST_WAIT = 5.0, 30.0
 RECONNECT_PAUSE = 5.0
 MODULE = "glm.fleet.systemd_job"
-
-
-def show(host: str, text: str) -> None:
-    """How far it is: on the terminal, and in the journal."""
-    Display().display(f"{host} · {text}")
-    write("progress", host=host, text=text, **measured(text))
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]

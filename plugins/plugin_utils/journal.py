@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ansible.utils.display import Display
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.systemd import measured
 
 PATH = "GLM_FLEET_JOURNAL"
 
@@ -36,3 +37,9 @@ def write(what: str, **facts: Any) -> None:
     except OSError as problem:
         with suppress(OSError):  # Ansible says the same warning once
             Display().warning(f"{path}: the journal has gaps: {problem.strerror}")
+
+
+def show(host: str, text: str) -> None:
+    """How far long work is: on the terminal, and in the journal."""
+    Display().display(f"{host} · {text}")
+    write("progress", host=host, text=text, **measured(text))

@@ -10,6 +10,7 @@ from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 from ansible_collections.glm.fleet.plugins.action import systemd_job as action
 from ansible_collections.glm.fleet.plugins.modules import systemd_job as module
+from ansible_collections.glm.fleet.plugins.plugin_utils import journal
 
 ONESHOT = {"Type": "oneshot", "LoadState": "loaded", "Result": "success", "ExecMainStatus": "0"}
 IDLE = {**ONESHOT, "ActiveState": "inactive", "SubState": "dead"}
@@ -239,7 +240,7 @@ def follow(monkeypatch: pytest.MonkeyPatch, answers: list[Any], **args: Any) -> 
         return now
 
     monkeypatch.setattr(ActionBase, "run", lambda *_: {})
-    monkeypatch.setattr(action, "Display", lambda: SimpleNamespace(display=shown.append))
+    monkeypatch.setattr(journal, "Display", lambda: SimpleNamespace(display=shown.append))
     monkeypatch.setattr(action, "RECONNECT_PAUSE", 0.0)
     plugin = object.__new__(action.ActionModule)
     plugin._task = SimpleNamespace(args={"name": "x.service", "interval": 0, **args}, _uuid="u")

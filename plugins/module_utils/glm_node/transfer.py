@@ -104,16 +104,19 @@ class _Opened:
 
 
 class UrlOpener:
-    """Opens files below an address, by the node's proxy and certificates."""
+    """Opens files below an address, by the machine's proxy and certificates."""
 
-    def __init__(self, base: str, timeout: float = 30) -> None:
+    def __init__(self, base: str, timeout: float = 30, token: str = "") -> None:
         self.base = base.rstrip("/")
         self.timeout = timeout
+        self.token = token
 
     @contextlib.contextmanager
     def __call__(self, path: str, offset: int = 0) -> Any:
         headers = {"User-Agent": "glm-fleet", **({"Range": f"bytes={offset}-"} if offset else {})}
         request = urllib.request.Request(self.base + "/" + urllib.parse.quote(path.lstrip("/")), headers=headers)  # noqa: S310
+        if self.token:  # not for where a large file's address redirects to
+            request.add_unredirected_header("Authorization", f"Bearer {self.token}")
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:  # noqa: S310 an address of the user
                 yield response
