@@ -111,6 +111,11 @@ weights: venv engine ## Four nodes that bring the weights together: one joins, o
 	@tests/run weights
 	@molecule/faults/table.py weights
 
+.PHONY: airgap
+airgap: venv engine programs ## A bare node without a way out: from a bundle to serving, and bundles that are not right
+	@tests/run airgap
+	@molecule/faults/table.py airgap
+
 .PHONY: edge
 edge: venv engine ## Attack the edge while well-behaved clients go on: none of them may lose a request
 	@tests/run edge

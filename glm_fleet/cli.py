@@ -413,6 +413,42 @@ def usage(nodes: tuple[str, ...], days: int, by: tuple[str, ...], **common: Any)
     play("usage", "playbooks/usage.yml", nodes, {"glm_usage_days": days}, after=after, **common)
 
 
+@main.command(epilog="\b\nExample:\n  glm-fleet bundle -i inventory/site --to /media/disk/bundle")
+@click.option(
+    "--to",
+    "directory",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="Where the bundle is to be; one that is there is brought to the release.",
+)
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    metavar="MANIFEST",
+    help="Of a bundle that the site has already: what it names is left out.",
+)
+@CHECK
+@running
+def bundle(*, directory: Path, base: Path | None, check: bool, **common: Any) -> None:
+    """Make one directory of all that nodes without a way out need (playbooks/bundle.yml).
+
+    No node is contacted. It is made on this machine, a Debian or Ubuntu.
+    """
+    settings = chosen(glm_bundle_dir=str(directory.resolve()), glm_bundle_base=base and str(base.resolve()))
+    play("bundle", "playbooks/bundle.yml", (), settings, check=check, **common)
+
+
+@main.command(epilog="\b\nExample:\n  glm-fleet mirror -i inventory/site --from /media/disk/bundle")
+@click.option(
+    "--from", "directory", required=True, metavar="DIR", help="The bundle's directory on the host of the group mirror."
+)
+@running
+def mirror(*, directory: str, **common: Any) -> None:
+    """Serve a bundle to the nodes of a site (playbooks/mirror.yml)."""
+    play("mirror", "playbooks/mirror.yml", (), {"glm_bundle_dir": directory}, empty=True, **common)
+
+
 @main.command(epilog="\b\nExamples:\n  glm-fleet report -i inventory/lambda\n  glm-fleet report --list")
 @click.argument("run", required=False, default="", shell_complete=runs_completion)
 @click.option("--list", "listed", is_flag=True, help="List the runs.")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes docs/faults.md from the results of the last `make faults`, which must hold every case that there is.
 
-table.py node-life, or weights, writes the part of that suite alone, from the results of its last run.
+table.py node-life, weights or airgap writes the part of that suite alone, from the results of its last run.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ PARTS = {
         "Written by `make node-life`: what the system, the network and the provider do to a node while no run is\n"
         "under way, or before the first one, and how it ends. Each was done for real to a node that serves, with\n"
         "nobody there to help, unless a run is named.",
+    ),
+    "airgap": (
+        "## A site without a way out",
+        "Written by `make airgap`: a bundle is made, carried to a site's mirror, and a bare node goes from there to\n"
+        "serving with real vLLM. The kernel drops and counts what the node and the mirror send anywhere else.",
     ),
     "weights": (
         "## Nodes that share the download",

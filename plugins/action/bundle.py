@@ -152,7 +152,7 @@ def add_project(bundle: Bundle, project: Path) -> None:
                                             "--output-path", str(place), str(project)],
     }  # fmt: skip
     for name, command in programs.items():
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if line.strip()]
             raise Problem(f"{name} failed: {said[-1] if said else done.returncode}")

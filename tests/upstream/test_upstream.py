@@ -77,6 +77,13 @@ def test_the_edge_refuses_paths_that_there_are() -> None:
     assert [name for name in refused if not any(re.search(name, path) for path in served)] == []
 
 
+@pytest.mark.parametrize("version", [version for name, version in RELEASES if name == "vllm"])
+def test_vllms_image_has_flashinfers_kernels(version: str) -> None:
+    """Else FlashInfer would fetch them at the first start, which a node without a way out cannot."""
+    dockerfile = archives.pinned("vllm", version).text("docker/Dockerfile")
+    assert re.search(r"^[^#]*\bflashinfer download-(cubin|kernels)\b", dockerfile, re.M)
+
+
 def test_no_explanation_is_out_of_date() -> None:
     """Each entry that is about a belief explains something that is missing without it."""
     used = {
