@@ -129,7 +129,7 @@ def test_what_the_roles_install_is_in_the_bundle(tmp_path: Path) -> None:
     ],
 )
 def test_settings_that_no_bundle_can_be_made_of(wrong: dict[str, Any], said: str) -> None:
-    right = {
+    right: dict[str, Any] = {
         "directory": "/b",
         "distributions": ["ubuntu2404"],
         "apt_sources": {"ubuntu2404": __file__},
@@ -243,7 +243,7 @@ def test_a_wrong_file_is_not_taken(tmp_path: Path, signer: Signer, monkeypatch: 
 def test_a_disk_that_is_too_small_is_named_first(
     tmp_path: Path, signer: Signer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(1, 1, 5 << 20))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(1, 1, 5 << 20))
     with pytest.raises(Problem, match=r"glm_bundle_dir: 1.1 GB are needed in .*, and 5.2 MB are free: free some"):
         make(tmp_path, signer, {"a": b"a"})
     assert not list((tmp_path / "bundle").glob("blobs/*"))
