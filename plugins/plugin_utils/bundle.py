@@ -273,7 +273,10 @@ class Bundle:
     # --- what the mirror serves ---------------------------------------------------------------------------
 
     def add(self, path: str, content: bytes) -> None:
-        self.files.append({"path": path, **self.store.add(content)})
+        sha256 = hashlib.sha256(content).hexdigest()
+        if sha256 not in self.elsewhere:
+            self.store.add(content, sha256)
+        self.files.append({"path": path, "sha256": sha256, "size": len(content)})
 
     def add_file(self, path: str, place: Path) -> None:
         """Takes a small file over: by a link where that can be."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -56,15 +55,13 @@ class Store:
                 os.truncate(path, begin)
         path.replace(parts[0][0])
 
-    def add(self, content: bytes) -> dict[str, Any]:
-        """Puts a small file in; its entry of the manifest without a path."""
-        sha256 = hashlib.sha256(content).hexdigest()
+    def add(self, content: bytes, sha256: str) -> None:
+        """Puts a small file in."""
         if not self.has(sha256, len(content)):
             self.incoming.mkdir(parents=True, exist_ok=True)
             scratch = self.incoming / sha256
             scratch.write_bytes(content)
             self.put(scratch, sha256)
-        return {"sha256": sha256, "size": len(content)}
 
     def read(self, sha256: str, size: int) -> Iterator[bytes]:
         for path, _length in self.parts(sha256, size):
