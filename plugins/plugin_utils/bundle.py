@@ -261,7 +261,10 @@ class Bundle:
         if wish.wanted.algorithm != "sha256":
             sha256 = hash_of(place)
             self._note(wish.wanted).write_text(sha256, encoding="utf-8")
-        self.store.put(place, sha256)
+        if sha256 in self.elsewhere:
+            place.unlink()
+        else:
+            self.store.put(place, sha256)
 
     def _get(self, url: str) -> bytes:
         try:

@@ -230,6 +230,20 @@ def test_what_the_site_has_is_left_out(tmp_path: Path, signer: Signer) -> None:
         make(tmp_path, signer, {}, __file__)
 
 
+def test_a_file_that_the_hub_hashes_by_git_is_left_out_too(tmp_path: Path, signer: Signer) -> None:
+    make(tmp_path, signer, {"a": b"a"})
+    base = tmp_path / "first.json"
+    (tmp_path / "bundle/manifest.json").rename(base)
+    shutil.rmtree(tmp_path / "bundle")
+    bundle = Bundle(tmp_path / "bundle", signer, lambda _text: None, {})
+    bundle.begin(str(base))
+    wanted = Wanted("a", 1, "git sha1", hashlib.sha1(b"blob 1\0a").hexdigest())  # noqa: S324
+    bundle.plan_files([Wish("files/a", wanted, DirectoryOpener(tmp_path / "source"), "a")])
+    bundle.fetch()
+    assert bundle.files == json.loads(base.read_text())["files"]
+    assert not list((tmp_path / "bundle").glob("blobs/*/*"))
+
+
 def test_a_wrong_file_is_not_taken(tmp_path: Path, signer: Signer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ansible_collections.glm.fleet.plugins.plugin_utils.bundle.ATTEMPTS", 1)
     bundle, _ = make(tmp_path, signer, {})
