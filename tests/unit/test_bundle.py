@@ -237,7 +237,7 @@ def test_a_file_that_the_hub_hashes_by_git_is_left_out_too(tmp_path: Path, signe
     shutil.rmtree(tmp_path / "bundle")
     bundle = Bundle(tmp_path / "bundle", signer, lambda _text: None, {})
     bundle.begin(str(base))
-    wanted = Wanted("a", 1, "git sha1", hashlib.sha1(b"blob 1\0a").hexdigest())  # noqa: S324
+    wanted = Wanted("a", 1, "git sha1", hashlib.sha1(b"blob 1\0a").hexdigest())
     bundle.plan_files([Wish("files/a", wanted, DirectoryOpener(tmp_path / "source"), "a")])
     bundle.fetch()
     assert bundle.files == json.loads(base.read_text())["files"]
