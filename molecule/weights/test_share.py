@@ -13,8 +13,8 @@ from testbed import ROOT, Run, docker
 
 SHARD = "model-00002-of-00004.safetensors"
 SHARED = r"shared: (\d+) of \1 files, ([\d.]+ k?M?B) from the hub, ([\d.]+ k?M?B) from peers"
-SERVER = "systemctl is-active glm-weights-share.service"
-SETTINGS = "cat /etc/glm/weights-share.conf /etc/systemd/system/glm-weights-share.service"
+SERVER = "systemctl is-active glm-share.service"
+SETTINGS = "cat /etc/glm/share.conf /etc/systemd/system/glm-share.service"
 
 
 def test_three_bare_nodes_ask_the_hub_for_each_file_once(fleet: Sharing, prepared: tuple[Run, Counter[str]]) -> None:
@@ -41,8 +41,8 @@ def test_the_server_is_closed_to_all_but_the_fleet(fleet: Sharing, prepared: obj
     assert fleet.run(FIRST[1], f"{code} {url}/files/{SHARD}") == "200"
     assert fleet.run(FIRST[1], f"{code} {url}/../../../../etc/glm/weights.json --path-as-is") in ("400", "403", "404")
     assert docker("exec", fleet.mirror.container, "sh", "-c", f"{code} {url}/state") == "403"
-    exposure = fleet.run(FIRST[0], "systemd-analyze security --no-pager glm-weights-share.service | tail -1")
-    score = re.search(r"glm-weights-share.service: ([\d.]+)", exposure)
+    exposure = fleet.run(FIRST[0], "systemd-analyze security --no-pager glm-share.service | tail -1")
+    score = re.search(r"glm-share.service: ([\d.]+)", exposure)
     assert score and float(score[1]) <= 3.5, exposure
     assert fleet.run(FIRST[0], "systemctl is-enabled nginx.service", check=False).strip() in ("disabled", "masked")
 
@@ -143,7 +143,7 @@ def test_without_the_hub_what_no_peer_has_is_one_line(fleet: Sharing, prepared: 
 
 def test_it_is_taken_back_by_the_setting_and_by_teardown(fleet: Sharing, prepared: object) -> None:
     assert fleet.run(NEW, SERVER).strip() == "active"
-    run = fleet.prepare(glm_weights_share=False)
+    run = fleet.prepare(glm_share=False)
     assert run.code == 0, run.messages
     for node in ADDRESSES:
         assert fleet.run(node, SERVER, check=False).strip() == "inactive"
