@@ -16,7 +16,7 @@ from testbed import ROOT, Play, Run, crowd
 INVENTORY = ROOT / "molecule/weights/inventory"
 ADDRESSES = {f"weights-{number}": f"198.18.79.1{number}" for number in (1, 2, 3, 4)}
 FIRST, NEW = ("weights-1", "weights-2", "weights-3"), "weights-4"
-IMAGE_DIRECTORY = "/var/lib/glm/images"
+IMAGE_DIRECTORY = "/var/lib/glm/image-blobs"
 IMAGES = ["vllm/vllm-openai:light"]
 MODEL = f"/var/lib/glm/models/zai-org--GLM-5.2-FP8/{'1' * 40}"
 

@@ -120,7 +120,7 @@ def test_a_node_without_room_for_the_blobs_pulls_from_the_registry(fleet: Sharin
     try:
         run = fleet.prepare()
         assert run.code == 0, run.messages
-        assert "no space left in /var/lib/glm/images for the image's blobs" in pulled(fleet, NEW)
+        assert f"no space left in {IMAGE_DIRECTORY} for the image's blobs" in pulled(fleet, NEW)
         assert fleet.layers_since(blobs) == Counter(fleet.image(FIRST[0]).layers)
         assert fleet.image(NEW) == fleet.image(FIRST[0])
     finally:
@@ -206,3 +206,4 @@ def test_it_is_taken_back_by_the_setting_and_by_teardown(fleet: Sharing, prepare
     assert fleet.run(NEW, SERVER, check=False).strip() == "inactive"
     assert fleet.run(NEW, SETTINGS, check=False) == ""
     assert "127.0.0.1" not in fleet.run(NEW, MIRRORS)
+    assert fleet.run(NEW, f"ls -d {IMAGE_DIRECTORY}", check=False) == ""

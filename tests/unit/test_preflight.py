@@ -611,8 +611,8 @@ def test_what_is_downloaded_already_needs_no_space(world: World) -> None:
 def test_what_nodes_give_each_other_of_the_image_is_counted(world: World, there: int, room: int, found: int) -> None:
     """Beside the weights, the image itself and the reserve: 755.6 GB, 36 GiB and 200 GiB."""
     world.wanted["image"]["blobs"] = [{"digest": "sha256:1", "size": 9 * GIB}, {"digest": "sha256:2", "size": 3 * GIB}]
-    world.wanted["image_blobs"] = "/var/lib/glm/images/1"
-    world.node["models"] = {"/var/lib/glm/images/1": {"complete": False, "partial_bytes": there * GIB}}
+    world.wanted["image_blobs"] = "/var/lib/glm/image-blobs/1"
+    world.node["models"] = {"/var/lib/glm/image-blobs/1": {"complete": False, "partial_bytes": there * GIB}}
     for disk in world.node["disks"].values():
         disk["free_bytes"] = 755_600_000_000 + (36 + 200 + room) * GIB
     assert len(world.findings()) == found
