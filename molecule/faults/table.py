@@ -28,7 +28,7 @@ PARTS = {
     "weights": (
         "## Nodes that share the download",
         "Written by `make weights`: four nodes bring the image and the weights together, with real systemd, nginx,\n"
-        "Docker and the hub's own client. Hub and registry count how often they are asked for each file and each layer.",
+        "Docker and the hub's own client. Hub and registry count how often they are asked for each file or layer.",
     ),
 }
 AREAS = ("Control", "Balancer", "Artifacts", "Engine", "Host", "Zz secrets")
