@@ -538,7 +538,7 @@ max(1 / N, hub / LAN): each byte comes from the hub once, and over each node's l
 
 {simulated}
 
-Where the LAN is no faster than the hub, and both go over one link, there is nothing to gain: leave `glm_weights_share`
+Where the LAN is no faster than the hub, and both go over one link, there is nothing to gain: leave `glm_share`
 off there.
 """
 

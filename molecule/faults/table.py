@@ -32,8 +32,8 @@ PARTS = {
     ),
     "weights": (
         "## Nodes that share the download",
-        "Written by `make weights`: four nodes bring the weights together, with real systemd, nginx, Docker and the\n"
-        "hub's own client. The hub counts how often it is asked for each file.",
+        "Written by `make weights`: four nodes bring the image and the weights together, with real systemd, nginx,\n"
+        "Docker and the hub's own client. Hub and registry count how often they are asked for each file or layer.",
     ),
 }
 AREAS = ("Control", "Balancer", "Artifacts", "Engine", "Host", "Zz secrets")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -115,6 +116,11 @@ class Mirror:
         ):
             asked[name] += times
         return asked
+
+    def blobs(self) -> Counter[str]:
+        """How often the registry gave each blob, by its digest."""
+        log = docker("exec", self.container, "journalctl", "--unit=docker-registry", "--output=cat")
+        return Counter(re.findall(r'"GET /v2/\S+/blobs/(\S+) HTTP/1\.1" 20[06]', log))
 
     @contextlib.contextmanager
     def no_registry(self) -> Iterator[None]:

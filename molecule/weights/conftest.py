@@ -1,11 +1,12 @@
-"""Nodes that share a download, and the hub that counts what it is asked for."""
+"""Nodes that share a download, and the hub and the registry that count what they are asked for."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from fleet import Fleet, provided
@@ -15,8 +16,17 @@ from testbed import ROOT, Play, Run, crowd
 INVENTORY = ROOT / "molecule/weights/inventory"
 ADDRESSES = {f"weights-{number}": f"198.18.79.1{number}" for number in (1, 2, 3, 4)}
 FIRST, NEW = ("weights-1", "weights-2", "weights-3"), "weights-4"
+IMAGE_DIRECTORY = "/var/lib/glm/image-blobs"
 IMAGES = ["vllm/vllm-openai:light"]
 MODEL = f"/var/lib/glm/models/zai-org--GLM-5.2-FP8/{'1' * 40}"
+
+
+class Image(NamedTuple):
+    """By digests. The registry has the layers as Docker counts them, uncompressed."""
+
+    names: list[str]
+    configuration: str
+    layers: list[str]
 
 
 class Sharing(Fleet):
@@ -33,11 +43,32 @@ class Sharing(Fleet):
         for node in nodes:
             self.run(node, "rm -rf /var/lib/glm/models/*/* /var/lib/glm/models/*/.glm-offer")
 
+    def forget_image(self, *nodes: str) -> None:
+        """The nodes have no image any more, and nothing of one."""
+        for node in nodes:
+            self.run(node, f"docker image rm --force $(docker images --quiet); rm -rf {IMAGE_DIRECTORY}/*")
+
+    def image(self, node: str) -> Image:
+        """What Docker has, the one image of all."""
+        shown = "docker image inspect $(docker images --quiet --no-trunc)"
+        (found,) = json.loads(self.run(node, shown))
+        return Image(found["RepoDigests"], found["Id"], found["RootFS"]["Layers"])
+
+    def layers_since(self, before: Counter[str]) -> Counter[str]:
+        """What the registry gave of the image. The configuration is left out: the first node reads it at each run."""
+        asked = self.mirror.blobs() - before
+        return Counter({blob: times for blob, times in asked.items() if blob != self.image(FIRST[0]).configuration})
+
+    def flip(self, node: str, path: str) -> None:
+        """One byte of a file; once more, and it is as it was."""
+        program = f"f = open('{path}', 'r+b'); f.seek(1000); b = f.read(1); f.seek(1000); f.write(bytes([b[0] ^ 255]))"
+        self.run(node, f'python3 -c "{program}"')
+
     def asked_since(self, before: Counter[str]) -> Counter[str]:
         return self.mirror.downloads() - before
 
-    def journal(self, node: str, lines: int = 60) -> str:
-        return self.run(node, f"journalctl --unit=glm-weights --output=cat --no-pager --lines={lines}")
+    def journal(self, node: str, lines: int = 60, unit: str = "glm-weights") -> str:
+        return self.run(node, f"journalctl --unit={unit} --output=cat --no-pager --lines={lines}")
 
     def complete(self, node: str) -> bool:
         return self.run(node, f"test -e {MODEL}/.glm-manifest.json && echo yes", check=False).strip() == "yes"

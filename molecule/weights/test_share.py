@@ -1,4 +1,4 @@
-"""Nodes that bring the weights together, with real systemd, nginx, Docker and the hub's client."""
+"""Nodes that bring the image and the weights together, with real systemd, nginx, Docker and the hub's client."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ import signal
 import time
 from collections import Counter
 
-from conftest import ADDRESSES, FIRST, MODEL, NEW, Sharing
+from conftest import ADDRESSES, FIRST, IMAGE_DIRECTORY, MODEL, NEW, Sharing
 from machines import Machine
 from testbed import ROOT, Run, docker
 
 SHARD = "model-00002-of-00004.safetensors"
 SHARED = r"shared: (\d+) of \1 files, ([\d.]+ k?M?B) from the hub, ([\d.]+ k?M?B) from peers"
-SERVER = "systemctl is-active glm-weights-share.service"
-SETTINGS = "cat /etc/glm/weights-share.conf /etc/systemd/system/glm-weights-share.service"
+SERVER = "systemctl is-active glm-share.service"
+SETTINGS = "cat /etc/glm/share.conf /etc/systemd/system/glm-share.service; grep 127.0.0.1 /etc/docker/daemon.json"
+MIRRORS = "docker info --format '{{ .RegistryConfig.Mirrors }}'"
+
+
+def pulled(fleet: Sharing, node: str) -> str:
+    """What the last pull said."""
+    return fleet.journal(node, 12, "glm-image-pull")
 
 
 def test_three_bare_nodes_ask_the_hub_for_each_file_once(fleet: Sharing, prepared: tuple[Run, Counter[str]]) -> None:
@@ -25,6 +31,17 @@ def test_three_bare_nodes_ask_the_hub_for_each_file_once(fleet: Sharing, prepare
     for node in FIRST:
         assert re.search(SHARED, fleet.journal(node)), fleet.journal(node)
         assert not fleet.run(node, "find /var/lib/glm/models -name .glm-offer").strip()
+
+
+def test_three_bare_nodes_take_each_layer_of_the_image_from_the_registry_once(fleet: Sharing, prepared: object) -> None:
+    image = fleet.image(FIRST[0])
+    assert fleet.layers_since(Counter()) == Counter(image.layers) and len(set(image.layers)) == len(image.layers)
+    for node in FIRST:
+        (directory,) = fleet.run(node, f"ls {IMAGE_DIRECTORY}").split()
+        assert fleet.image(node) == ([f"vllm/vllm-openai@sha256:{directory}"], image.configuration, image.layers)
+        assert re.search(r"complete: \d+ blobs, .* from the registry, .* from peers", pulled(fleet, node))
+    # The first one had less than all of it, and so had each of the others.
+    assert not any(", 0 B from" in pulled(fleet, node) for node in FIRST)
 
 
 def test_a_second_run_changes_nothing(fleet: Sharing, prepared: object) -> None:
@@ -41,29 +58,26 @@ def test_the_server_is_closed_to_all_but_the_fleet(fleet: Sharing, prepared: obj
     assert fleet.run(FIRST[1], f"{code} {url}/files/{SHARD}") == "200"
     assert fleet.run(FIRST[1], f"{code} {url}/../../../../etc/glm/weights.json --path-as-is") in ("400", "403", "404")
     assert docker("exec", fleet.mirror.container, "sh", "-c", f"{code} {url}/state") == "403"
-    exposure = fleet.run(FIRST[0], "systemd-analyze security --no-pager glm-weights-share.service | tail -1")
-    score = re.search(r"glm-weights-share.service: ([\d.]+)", exposure)
+    exposure = fleet.run(FIRST[0], "systemd-analyze security --no-pager glm-share.service | tail -1")
+    score = re.search(r"glm-share.service: ([\d.]+)", exposure)
     assert score and float(score[1]) <= 3.5, exposure
     assert fleet.run(FIRST[0], "systemctl is-enabled nginx.service", check=False).strip() in ("disabled", "masked")
 
 
-def test_a_node_that_joins_asks_the_hub_for_nothing(fleet: Sharing, prepared: object) -> None:
-    before = fleet.mirror.downloads()
+def test_a_node_that_joins_asks_hub_and_registry_for_nothing(fleet: Sharing, prepared: object) -> None:
+    before, blobs = fleet.mirror.downloads(), fleet.mirror.blobs()
     run = fleet.prepare(seconds=900)
     assert run.code == 0, run.messages
-    assert not fleet.asked_since(before)
+    assert not fleet.asked_since(before) and not fleet.layers_since(blobs)
     assert fleet.files(NEW) == fleet.files(FIRST[0])
+    assert fleet.image(NEW) == fleet.image(FIRST[0])
 
 
 def test_a_peer_with_a_flipped_byte_is_named(fleet: Sharing, prepared: object) -> None:
     """All three have the same wrong file: what no peer has right comes from the hub."""
     good = fleet.run(FIRST[0], f"sha256sum {MODEL}/{SHARD}").split()[0]
-    flip = (
-        f"python3 -c \"f = open('{MODEL}/{SHARD}', 'r+b'); f.seek(1000); b = f.read(1); f.seek(1000); "
-        'f.write(bytes([b[0] ^ 255]))"'
-    )
     for node in FIRST:
-        fleet.run(node, flip)
+        fleet.flip(node, f"{MODEL}/{SHARD}")
     fleet.forget(NEW)
     before = fleet.mirror.downloads()
     try:
@@ -76,7 +90,41 @@ def test_a_peer_with_a_flipped_byte_is_named(fleet: Sharing, prepared: object) -
         assert fleet.run(NEW, f"sha256sum {MODEL}/{SHARD}").split()[0] == good
     finally:
         for node in FIRST:
-            fleet.run(node, flip)
+            fleet.flip(node, f"{MODEL}/{SHARD}")
+
+
+def test_a_peer_with_a_flipped_byte_in_a_layer_is_named(fleet: Sharing, prepared: object) -> None:
+    image = fleet.image(FIRST[0])
+    layer = image.layers[1]
+    path = f"{IMAGE_DIRECTORY}/{image.names[0].rpartition(':')[2]}/{layer.replace(':', '/')}"
+    for node in FIRST:
+        fleet.flip(node, path)
+    fleet.forget_image(NEW)
+    blobs = fleet.mirror.blobs()
+    try:
+        run = fleet.prepare()
+        assert run.code == 0, run.messages
+        assert fleet.layers_since(blobs) == Counter([layer])
+        wrong = rf"peer weights-[123] \(198\.18\.79\.1[123]\) gave a wrong sha256/{layer[7:]} \(expected sha256 "
+        assert re.search(wrong, pulled(fleet, NEW))
+        assert fleet.image(NEW) == image
+    finally:
+        for node in FIRST:
+            fleet.flip(node, path)
+
+
+def test_a_node_without_room_for_the_blobs_pulls_from_the_registry(fleet: Sharing, prepared: object) -> None:
+    fleet.forget_image(NEW)
+    fleet.run(NEW, f"mkdir -p {IMAGE_DIRECTORY} && mount -t tmpfs -o size=1m tmpfs {IMAGE_DIRECTORY}")
+    blobs = fleet.mirror.blobs()
+    try:
+        run = fleet.prepare()
+        assert run.code == 0, run.messages
+        assert f"no space left in {IMAGE_DIRECTORY} for the image's blobs" in pulled(fleet, NEW)
+        assert fleet.layers_since(blobs) == Counter(fleet.image(FIRST[0]).layers)
+        assert fleet.image(NEW) == fleet.image(FIRST[0])
+    finally:
+        fleet.run(NEW, f"umount {IMAGE_DIRECTORY}")
 
 
 def test_the_others_take_over_from_a_node_that_is_lost(fleet: Sharing, prepared: object) -> None:
@@ -143,14 +191,19 @@ def test_without_the_hub_what_no_peer_has_is_one_line(fleet: Sharing, prepared: 
 
 def test_it_is_taken_back_by_the_setting_and_by_teardown(fleet: Sharing, prepared: object) -> None:
     assert fleet.run(NEW, SERVER).strip() == "active"
-    run = fleet.prepare(glm_weights_share=False)
+    run = fleet.prepare(glm_share=False)
     assert run.code == 0, run.messages
     for node in ADDRESSES:
         assert fleet.run(node, SERVER, check=False).strip() == "inactive"
         assert fleet.run(node, SETTINGS, check=False) == ""
+        assert fleet.run(node, f"ls -d {IMAGE_DIRECTORY} /etc/glm/image.json", check=False) == ""
+        assert "127.0.0.1" not in fleet.run(node, MIRRORS)
     run = fleet.prepare()
     assert run.code == 0 and fleet.run(NEW, SERVER).strip() == "active"
+    assert "127.0.0.1:8004" in fleet.run(NEW, MIRRORS)
     down = fleet.play("--limit", NEW, playbook="playbooks/teardown.yml", seconds=400)
     assert down.code == 0, down.messages
     assert fleet.run(NEW, SERVER, check=False).strip() == "inactive"
     assert fleet.run(NEW, SETTINGS, check=False) == ""
+    assert "127.0.0.1" not in fleet.run(NEW, MIRRORS)
+    assert fleet.run(NEW, f"ls -d {IMAGE_DIRECTORY}", check=False) == ""

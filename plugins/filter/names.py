@@ -16,6 +16,11 @@ from ansible_collections.glm.fleet.plugins.plugin_utils.edges import edge_of
 
 DEFAULT_SSH_PORT = 22
 PEERS_PORT = 8003  # glm_peers_port where nobody sets it
+RENAMED = {
+    "glm_weights_share": "glm_share",
+    "glm_weights_share_port": "glm_share_port",
+    "glm_weights_share_rate": "glm_share_rate",
+}
 
 
 def unknown_variables(names: Iterable[str], known: Iterable[str], prefix: str = "glm_") -> list[str]:
@@ -76,6 +81,8 @@ def _nearest_settings(name: str, mapped: Mapping[str, list[str]]) -> list[str]:
 
 
 def _advice(name: str, right: list[str]) -> str:
+    if name in RENAMED:
+        return f"it is {RENAMED[name]} now"
     nearest = difflib.get_close_matches(name, right, n=1, cutoff=0.7)
     return f"did you mean {nearest[0]}?" if nearest else "remove it, or see the list of settings"
 
@@ -122,13 +129,11 @@ def gateway_problems(gateways: Sequence[str], hostvars: Mapping[str, Mapping[str
 
 
 def share_problems(nodes: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One line for each mistake that keeps the nodes from giving each other the weights."""
-    sharing = [
-        name for name in nodes if len(nodes) > 1 and boolean(hostvars[name].get("glm_weights_share"), strict=False)
-    ]
+    """One line for each mistake that keeps the nodes from giving each other what they have."""
+    sharing = [name for name in nodes if len(nodes) > 1 and boolean(hostvars[name].get("glm_share"), strict=False)]
     edges = [edge_of(name, hostvars[name]) for name in sharing]
     return [
-        f"glm_weights_share: the other nodes know {edge['name']} by its address, and {edge['address']} is a name: set "
+        f"glm_share: the other nodes know {edge['name']} by its address, and {edge['address']} is a name: set "
         "glm_node_address for it, to the IP address that it has on their network"
         for edge in edges
         if not is_ip(str(edge["address"]))

@@ -192,6 +192,10 @@ def needs_by_mount(c: Context) -> dict[str, tuple[int, int, list[str]]]:
     if not c.image_present:
         unpacked = (c.wanted["image"].get("size_bytes") or 0) * c.wanted["image_unpacked_factor"]
         add(c.image_directory, int(unpacked), "for the image")
+        blobs = c.node["models"].get(c.wanted["image_blobs"])
+        if blobs:
+            size = sum(blob["size"] for blob in c.wanted["image"]["blobs"])
+            add(data, size - blobs["partial_bytes"], "for what the nodes give each other of the image")
     add(data, int(c.wanted["disk_reserve_gib"] * GIB), "in reserve")
     return needs
 

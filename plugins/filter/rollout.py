@@ -144,7 +144,7 @@ def edge_servers(hosts: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]]
     return [{key: edge_of(host, hostvars[host])[key] for key in wanted} for host in hosts]
 
 
-def weights_addresses(hosts: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def share_addresses(hosts: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Each host's address, as the others know it."""
     return {host: str(edge_of(host, hostvars[host])["address"]) for host in hosts}
 
@@ -277,7 +277,7 @@ class FilterModule:
             "interrupted_nodes": interrupted_nodes,
             "changed_backends": changed_backends,
             "edge_servers": edge_servers,
-            "weights_addresses": weights_addresses,
+            "share_addresses": share_addresses,
             "failure_of": failure_of,
             "failure_line": failure_line,
             "fleet_baseline": fleet_baseline,

@@ -59,6 +59,8 @@ image:
     ref: {description: The reference as given., type: str}
     registry: {description: The registry., type: str, sample: docker.io}
     repository: {description: The name without tag and digest., type: str, sample: vllm/vllm-openai}
+    path: {description: The repository's name in the registry., type: str, sample: vllm/vllm-openai}
+    api: {description: 'Address of the registry, or of its mirror.', type: str, sample: "https://registry-1.docker.io"}
     tag: {description: 'The tag, empty if only a digest was given.', type: str}
     digest: {description: Digest of the index or manifest., type: str}
     pull_ref: {description: What to pull., type: str, sample: "vllm/vllm-openai@sha256:..."}
@@ -318,6 +320,7 @@ def resolve(
         raise Problem(f"{ref} has a blob without a sha256 ({other}): set glm_image to another build")
     return {
         "ref": ref, "registry": reference.registry, "repository": reference.repository, "tag": reference.tag,
+        "path": reference.path, "api": registry.base,
         "digest": digest, "pull_ref": f"{reference.repository}@{digest}", "config_env": env, "labels": labels,
         "cuda": cuda_release(env, labels), "entrypoint": config.get("Entrypoint") or [],
         "size_bytes": sum(layer["size"] for layer in manifest["layers"]),

@@ -757,7 +757,7 @@ def files_below(directory: str) -> dict[str, os.stat_result]:
 
 
 def model(directory: str) -> Model:
-    """Complete: what the manifest lists and nothing else, each file with its size. Hashes are glm-weights' work.
+    """Complete: what the manifest lists and nothing else, each file with its size. Hashes are not looked at.
 
     partial_bytes: what is there of it, here and in .partial, and needs no more room.
     """

@@ -46,7 +46,9 @@ class Peer(Node):
 
     def serve(self) -> None:
         (self.path / "run").mkdir(exist_ok=True)
-        text = server_config(self.path / "run", self.models, self.addresses, self.name, self.port)
+        # Where several nodes are one machine, that for Docker is an address of its own too.
+        registry = self.addresses[self.name].replace("127.0.", "127.1.")
+        text = server_config(self.path / "run", self.models, self.addresses, self.name, self.port, registry=registry)
         if os.geteuid() == 0:
             text += "user root;\n"  # pytest's directories are their owner's alone
         config = self.path / "nginx.conf"

@@ -100,6 +100,7 @@ def test_a_tag_of_a_single_image(registry: Registry) -> None:
     image = resolve(registry, "vllm/vllm-openai:single")
     assert image["digest"] == digest(IMAGE) and image["pull_ref"] == f"vllm/vllm-openai@{digest(IMAGE)}"
     assert (image["registry"], image["repository"], image["tag"]) == ("docker.io", "vllm/vllm-openai", "single")
+    assert (image["path"], image["api"]) == ("vllm/vllm-openai", registry.url)
     assert image["config_env"] == {"PATH": "/bin", "CUDA_VERSION": "12.9.1", "EMPTY": ""}
     assert (image["cuda"], image["size_bytes"], image["entrypoint"]) == ("12.9", 42, ["vllm", "serve"])
 

@@ -119,14 +119,16 @@ def docker(tmp_path: Path) -> Iterator[Docker]:
     server.server_close()
 
 
-def fetch(docker: Docker, mirror: str = "", attempts: int = 1, stall: float = 10) -> None:
-    image_pull.fetch(IMAGE, 100, mirror, attempts=attempts, delay=0, stall=stall, path=docker.path)
+def fetch(docker: Docker, mirror: str = "", attempts: int = 1, stall: float = 10, own: str = "") -> None:
+    image_pull.fetch(IMAGE, 100, mirror, attempts=attempts, delay=0, stall=stall, own=own, path=docker.path)
 
 
-def failure(docker: Docker, *messages: Any, mirror: str = "", attempts: int = 1, stall: float = 10) -> str:
+def failure(
+    docker: Docker, *messages: Any, mirror: str = "", attempts: int = 1, stall: float = 10, own: str = ""
+) -> str:
     docker.pulls = list(messages)
     with pytest.raises(image_pull.Failure) as raised:
-        fetch(docker, mirror, attempts, stall)
+        fetch(docker, mirror, attempts, stall, own)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -322,6 +324,21 @@ def test_the_mirror_is_asked_what_docker_does_not_tell(docker: Docker, mirror: A
     assert says in failure(docker, error("dial tcp: lookup registry-1.docker.io: no such host"), mirror=mirror.url)
 
 
+@pytest.mark.parametrize(
+    "first", ["unknown: this node has no such part", 'Get \\"http://127.0.0.1:8004/v2/\\": connect: connection refused']
+)
+def test_the_node_s_own_registry_is_not_taken_for_the_mirror(
+    docker: Docker, mirror: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    said = f"""msg="Attempting next endpoint for pull after error: {first}" a=1
+msg="Attempting next endpoint for pull after error: layer verification failed" a=1"""
+    (tmp_path / "journalctl").write_text(f"#!/bin/sh\ncat <<'EOF'\n{said}\nEOF\n")
+    (tmp_path / "journalctl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    says = failure(docker, error("dial tcp: no such host"), mirror=mirror.url, own="//127.0.0.1:8004/")
+    assert says.endswith("(layer verification failed)")
+
+
 def test_dockers_journal_knows_more_of_the_mirror(
     docker: Docker, mirror: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,6 +376,31 @@ def test_a_docker_that_refuses_is_not_taken_for_the_registry(tmp_path: Path) -> 
     socketserver.UnixStreamServer(path, DockerHandler).server_close()
     with pytest.raises(image_pull.Failure, match=r"^Docker does not answer \(.*refused\)"):
         image_pull.fetch(IMAGE, 0, "", attempts=1, delay=0, stall=10, path=path)
+
+
+@pytest.mark.parametrize("problem", [image_pull.Incomplete("no space left"), OSError(28, "No space left on device")])
+def test_what_the_nodes_do_not_give_each_other_docker_fetches(
+    docker: Docker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, problem: Any
+) -> None:
+    def gather(_image: Any, _stop: Any) -> str:
+        raise problem
+
+    config = tmp_path / "image.json"
+    share = {"name": "a", "addresses": {"a": "127.0.0.1"}, "port": 8004}
+    manifests = [{"digest": DIGEST, "content": MANIFEST.decode()}]
+    config.write_text(
+        json.dumps(
+            {"registry": "http://127.0.0.1:9", "repository": "x", "directory": str(tmp_path), "share": share,
+             "releases": [], "manifests": manifests, "blobs": []}
+        )
+    )  # fmt: skip
+    monkeypatch.setattr(image_pull.Image, "gather", gather)
+    monkeypatch.setattr(image_pull.fetch, "__kwdefaults__", {**image_pull.fetch.__kwdefaults__, "path": docker.path})
+    monkeypatch.setattr(sys, "argv", ["image-pull", "--share", str(config), IMAGE])
+    docker.pulls = [[]]
+    image_pull.main()
+    assert "o space left" in (said := capsys.readouterr().err) and said.endswith(": Docker asks the registry itself\n")
+    assert len(docker.asked) == 1
 
 
 def test_the_program_wants_a_digest() -> None:

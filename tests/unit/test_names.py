@@ -8,6 +8,7 @@ from ansible_collections.glm.fleet.plugins.filter.names import (
     results_problems,
     role_variables,
     share_problems,
+    unknown_variables,
     variables_of_roles,
 )
 
@@ -55,13 +56,21 @@ def test_the_same_setting_everywhere_is_no_finding() -> None:
     assert differing_settings(["a", "b"], {"a": {"glm_image": "x"}, "b": {"glm_image": "x"}}, ["glm_image"]) == []
 
 
+@pytest.mark.parametrize("name", ["glm_weights_share", "glm_weights_share_port", "glm_weights_share_rate"])
+def test_a_setting_that_has_another_name_by_now_is_told(name: str) -> None:
+    now = name.replace("_weights", "")
+    assert unknown_variables([name], [now, "glm_weights_sources"]) == [
+        f"{name}: there is no such setting: it is {now} now"
+    ]
+
+
 @pytest.mark.parametrize(("share", "address", "found"), [
     (True, "node-1.example", 1), ("yes", "node-1.example", 1), ("false", "node-1.example", 0),
     (None, "node-1.example", 0), (True, "198.18.0.1", 0), (True, "fd00::1", 0),
 ])  # fmt: skip
 def test_nodes_that_share_are_known_by_an_ip_address(share: object, address: str, found: int) -> None:
     hostvars: dict[str, dict[str, object]] = {
-        "node-1": {"ansible_host": address, "glm_weights_share": share},
+        "node-1": {"ansible_host": address, "glm_share": share},
         "node-2": {"ansible_host": "198.18.0.2"},
     }
     problems = share_problems(["node-1", "node-2"], hostvars)

@@ -607,6 +607,20 @@ def test_what_is_downloaded_already_needs_no_space(world: World) -> None:
     assert world.findings() == []
 
 
+@pytest.mark.parametrize(("there", "room", "found"), [(0, 11, 1), (5, 7, 0), (0, 12, 0)])
+def test_what_nodes_give_each_other_of_the_image_is_counted(world: World, there: int, room: int, found: int) -> None:
+    """Beside the weights, the image itself and the reserve: 755.6 GB, 36 GiB and 200 GiB."""
+    world.wanted["image"]["blobs"] = [{"digest": "sha256:1", "size": 9 * GIB}, {"digest": "sha256:2", "size": 3 * GIB}]
+    world.wanted["image_blobs"] = "/var/lib/glm/image-blobs/1"
+    world.node["models"] = {"/var/lib/glm/image-blobs/1": {"complete": False, "partial_bytes": there * GIB}}
+    for disk in world.node["disks"].values():
+        disk["free_bytes"] = 755_600_000_000 + (36 + 200 + room) * GIB
+    assert len(world.findings()) == found
+    assert all(f"{12 - there}.0 GiB for what the nodes give" in each["line"] for each in world.findings())
+    world.node["images"] = {world.wanted["image"]["pull_ref"]: {"present": True}}
+    assert not world.findings()
+
+
 def test_data_and_docker_on_disks_of_their_own(world: World) -> None:
     world.node["disks"]["/var/lib/docker"].update(mount="/var/lib/docker", free_bytes=GIB)
     (finding,) = world.findings()

@@ -13,7 +13,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import jinja2
 import pytest
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.registry import BlobOpener
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.transfer import Unavailable, Wanted, fetch
+from small_registry import SmallRegistry, digest_of, small_registry
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "templates/image-registry.conf.j2"
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") or "nginx"  # tests/programs brings it
@@ -32,67 +32,16 @@ INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 
 
-class Server(ThreadingHTTPServer):
-    """A registry, or the store that it redirects to. `token` is what it takes now, empty for none."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.token = ""
-        self.realm = f"{self.url}/token"
-        self.answer: Any = None  # to who asks for a token, in place of a new one
-        self.store: Server | None = None
-        self.asked: list[tuple[str, str, str]] = []
-        threading.Thread(target=self.serve_forever, daemon=True, kwargs={"poll_interval": 0.01}).start()
-
-    def paths(self) -> list[str]:
-        return [path.partition("?")[0] for path, _authorization, _range in self.asked]
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def log_message(self, *_: Any) -> None:
-        """Quiet."""
-
-    def do_GET(self) -> None:
-        server = self.server
-        given, wanted_range = self.headers.get("Authorization", ""), self.headers.get("Range", "")
-        server.asked.append((self.path, given, wanted_range))
-        if self.path.startswith("/token"):
-            return self.say(200, json.dumps(server.answer or {"token": server.token}).encode())
-        if server.token and given != f"Bearer {server.token}":
-            challenge = f'Bearer realm="{server.realm}",service="registry.docker.io",scope="repository:x:pull"'
-            return self.say(401, b"{}", **{"WWW-Authenticate": challenge})
-        if server.store:
-            return self.say(307, b"", Location=f"{server.store.url}{self.path}?signed=yes")
-        if not self.path.partition("?")[0].endswith(DIGEST):
-            return self.say(404, b"{}")
-        offset = int(wanted_range.removeprefix("bytes=").rstrip("-") or 0)
-        return self.say(206 if offset else 200, BLOB[offset:])
-
-    def say(self, status: int, body: bytes, **headers: str) -> None:
-        self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        self.wfile.write(body)
+@pytest.fixture
+def registry() -> Iterator[SmallRegistry]:
+    with small_registry(BLOB) as server:
+        yield server
 
 
 @pytest.fixture
-def registry() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def store() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.shutdown()
-    server.server_close()
+def store() -> Iterator[SmallRegistry]:
+    with small_registry(BLOB) as server:
+        yield server
 
 
 def read(opener: BlobOpener, offset: int = 0, digest: str = DIGEST) -> tuple[int, bytes]:
@@ -100,7 +49,7 @@ def read(opener: BlobOpener, offset: int = 0, digest: str = DIGEST) -> tuple[int
         return response.status, response.read()
 
 
-def test_a_blob_and_the_rest_of_one(registry: Server) -> None:
+def test_a_blob_and_the_rest_of_one(registry: SmallRegistry) -> None:
     opener = BlobOpener(registry.url + "/", PATH)
     assert read(opener) == (200, BLOB)
     assert read(opener, 25_000) == (206, BLOB[25_000:])
@@ -108,7 +57,7 @@ def test_a_blob_and_the_rest_of_one(registry: Server) -> None:
     assert read(opener, digest=f"sha256:{'0' * 64}")[0] == 404
 
 
-def test_a_token_is_fetched_once_and_not_sent_on(registry: Server, store: Server) -> None:
+def test_a_token_is_fetched_once_and_not_sent_on(registry: SmallRegistry, store: SmallRegistry) -> None:
     registry.token, registry.store = "one", store
     opener = BlobOpener(registry.url, PATH)
     assert read(opener) == (200, BLOB)
@@ -120,7 +69,7 @@ def test_a_token_is_fetched_once_and_not_sent_on(registry: Server, store: Server
     assert store.asked[1][2] == "bytes=100-"
 
 
-def test_a_token_that_has_expired_is_fetched_again(registry: Server) -> None:
+def test_a_token_that_has_expired_is_fetched_again(registry: SmallRegistry) -> None:
     registry.token = "one"
     opener = BlobOpener(registry.url, PATH)
     read(opener)
@@ -129,7 +78,7 @@ def test_a_token_that_has_expired_is_fetched_again(registry: Server) -> None:
     assert registry.paths().count("/token") == 2
 
 
-def test_threads_share_a_token(registry: Server) -> None:
+def test_threads_share_a_token(registry: SmallRegistry) -> None:
     registry.token = "one"
     opener = BlobOpener(registry.url, PATH)
     threads = [threading.Thread(target=read, args=(opener,)) for _ in range(8)]
@@ -140,7 +89,7 @@ def test_threads_share_a_token(registry: Server) -> None:
     assert registry.paths().count("/token") == 1
 
 
-def test_a_token_that_is_refused_is_an_answer_and_no_loop(registry: Server) -> None:
+def test_a_token_that_is_refused_is_an_answer_and_no_loop(registry: SmallRegistry) -> None:
     registry.token, registry.answer = "one", {"access_token": "another"}
     assert read(BlobOpener(registry.url, PATH))[0] == 401
     assert registry.paths().count("/token") == 1
@@ -154,26 +103,26 @@ def test_a_token_that_is_refused_is_an_answer_and_no_loop(registry: Server) -> N
         ("", ["one"], "gave no token"),
     ],
 )
-def test_no_token_to_be_had(registry: Server, realm: str, answer: Any, says: str) -> None:
+def test_no_token_to_be_had(registry: SmallRegistry, realm: str, answer: Any, says: str) -> None:
     registry.token, registry.realm, registry.answer = "one", realm or registry.realm, answer
     with pytest.raises(Unavailable, match=says):
         read(BlobOpener(registry.url, PATH))
 
 
-def test_a_store_that_wants_a_token_gets_none(registry: Server, store: Server) -> None:
+def test_a_store_that_wants_a_token_gets_none(registry: SmallRegistry, store: SmallRegistry) -> None:
     registry.store, store.token = store, "of the store"
     assert read(BlobOpener(registry.url, PATH))[0] == 401
     assert "/token" not in store.paths() + registry.paths()
 
 
-def test_the_proxy_of_the_environment(registry: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_proxy_of_the_environment(registry: SmallRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", registry.url)
     monkeypatch.setenv("no_proxy", "")
     assert read(BlobOpener("http://registry.example", PATH)) == (200, BLOB)
     assert registry.paths() == [f"http://registry.example/v2/{PATH}/blobs/{DIGEST}"]
 
 
-def test_a_transfer_goes_on_from_what_is_there(registry: Server, store: Server, tmp_path: Path) -> None:
+def test_a_transfer_goes_on_from_what_is_there(registry: SmallRegistry, store: SmallRegistry, tmp_path: Path) -> None:
     registry.token, registry.store = "one", store
     place = tmp_path / "sha256" / HEX
     place.parent.mkdir()
@@ -187,10 +136,6 @@ def test_a_transfer_goes_on_from_what_is_there(registry: Server, store: Server, 
 
 
 # --- what nginx serves ----------------------------------------------------------------------------------------------
-
-
-def digest_of(body: bytes) -> str:
-    return f"sha256:{hashlib.sha256(body).hexdigest()}"
 
 
 def image(directory: Path, path: str, tag: str, blob: bytes) -> dict[str, Any]:

@@ -32,13 +32,15 @@ VALUES: dict[str, Any] = {
 }
 # What the roles find out, of a node that has everything.
 FACTS = {
-    "engine_image_resolved": {"ref": "x:1", "pull_ref": "x@sha256:1", "digest": "sha256:1", "cuda": "13.0"},
+    "engine_image_resolved": {"ref": "x:1", "pull_ref": "x@sha256:1", "digest": "sha256:1", "cuda": "13.0",
+                              "registry": "docker.io", "path": "x", "manifests": []},
     "model_weights_manifest": {"sha256": "1", "context_length": 4096},
+    "__glm_share_addresses": {"a": "192.0.2.1", "b": "192.0.2.2"},
     "preflight_node": {"memory_bytes": 1 << 40},
     "preflight_gpu": {"driver": {"version": "570.211.01"}},
     "nvidia_driver_plan": {"findings": [], "action": "nothing"},
     "inference_service_release": {"id": "1", "model_path_in_container": "/models/x"},
-}
+}  # fmt: skip
 PLAY = """
 - hosts: nodes
   gather_facts: false
@@ -81,7 +83,9 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return {name: json.loads((directory / f"{name}.json").read_text()) for name in hosts}
+    texts = {name: (directory / f"{name}.json").read_text() for name in hosts}
+    # The host's own name is no difference.
+    return {name: json.loads(text.replace(f'"{name}"', '"HOST"')) for name, text in texts.items()}
 
 
 @pytest.mark.parametrize("name", DEFAULTS)

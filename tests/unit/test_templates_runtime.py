@@ -15,6 +15,15 @@ from exposure import MOST, exposure
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = {"pull_ref": f"vllm/vllm-openai@sha256:{'ab' * 32}", "size_bytes": 15_000_000_000}
+SHARED = {
+    **IMAGE,
+    "api": "https://registry-1.docker.io",
+    "path": "vllm/vllm-openai",
+    "manifests": [{"digest": f"sha256:{'ab' * 32}", "media_type": "application/json", "content": '{"a":  "it\'s"}\n'}],
+    "blobs": [{"digest": f"sha256:{'cd' * 32}", "size": 5}],
+}
+SHARE = {"name": "a", "addresses": {"a": "192.0.2.1", "b": "192.0.2.2"}, "port": 8004, "transfers": 4}
+OWN_MIRROR = "http://127.0.0.1:8004"
 NEW: dict[str, Any] = {"running": False, "version": None, "daemon_json": None, "containers_running": []}
 MANIFEST = {"revision": "1" * 40, "files": [{"path": "it's.json", "size": 2, "git_sha1": "0" * 40, "sha256": None}]}
 OLD: dict[str, Any] = {
@@ -27,6 +36,8 @@ EXPRESSIONS = {
     "config": "lookup('ansible.builtin.template', 'daemon.json.j2')",
     "preferences": "lookup('ansible.builtin.template', 'nvidia-container-toolkit.pref.j2')",
     "unit": "lookup('ansible.builtin.template', 'glm-image-pull.service.j2')",
+    "image": "lookup('ansible.builtin.template', 'image.json.j2') if engine_image_share else ''",
+    "forgotten": "__container_runtime_other_mirrors",
     "weights": "lookup('ansible.builtin.template', 'weights.json.j2')",
     "weights_unit": "lookup('ansible.builtin.template', 'glm-weights.service.j2')",
     "packages": "__container_runtime_packages",
@@ -133,9 +144,45 @@ def test_a_converged_docker_is_left_alone(tmp_path: Path) -> None:
     assert out["changes"] == [] and not out["restart"]
 
 
+@pytest.mark.parametrize(
+    ("used", "wanted", "there", "mirrors"),
+    [
+        (True, [], None, [OWN_MIRROR]),
+        (True, ["http://mirror"], ["http://old"], [OWN_MIRROR, "http://mirror"]),
+        (True, [], ["http://site"], [OWN_MIRROR, "http://site"]),
+        (False, [], [OWN_MIRROR, "http://site"], ["http://site"]),
+        (False, ["http://mirror"], [OWN_MIRROR], ["http://mirror"]),
+        (False, [], [OWN_MIRROR], []),
+    ],
+)
+def test_the_node_s_own_mirror_comes_first_and_goes_alone(
+    tmp_path: Path, used: bool, wanted: list[str], there: list[str] | None, mirrors: list[str]
+) -> None:
+    config = {"features": {"cdi": True}, "live-restore": True}
+    config |= {"registry-mirrors": there} if there is not None else {}
+    own: dict[str, Any] = {"container_runtime_node_mirror": OWN_MIRROR, "container_runtime_node_mirror_used": used}
+    docker = {**OLD, "version": "28.1.0", "daemon_json": config}
+    out = render(tmp_path, docker, container_runtime_registry_mirrors=wanted, **own)
+    assert json.loads(out["config"])["registry-mirrors"] == mirrors
+    assert out["changes"] == ["registry-mirrors"] and not out["restart"], "Docker takes it by a reload"
+    assert out["forgotten"] == [mirror for mirror in there or [] if mirror != OWN_MIRROR]
+
+
+def test_the_mirrors_of_a_site_stay_where_nobody_shares(tmp_path: Path) -> None:
+    config = {"features": {"cdi": True}, "live-restore": True, "registry-mirrors": ["http://site"]}
+    docker = {**OLD, "version": "28.1.0", "daemon_json": config}
+    assert render(tmp_path, docker, container_runtime_node_mirror=OWN_MIRROR)["changes"] == []
+
+
 @pytest.mark.parametrize(("unit", "program"), [("unit", "image-pull"), ("weights_unit", "weights-fetch")])
-def test_the_units_are_ones_that_systemd_takes(tmp_path: Path, unit: str, program: str) -> None:
-    text = render(tmp_path, NEW, engine_image_mirror="http://mirror:5000")[unit]
+@pytest.mark.parametrize("share", [{}, SHARE])
+def test_the_units_are_ones_that_systemd_takes(tmp_path: Path, unit: str, program: str, share: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {
+        "engine_image_resolved": SHARED,
+        "engine_image_share": share,
+        "model_weights_share": share,
+    }
+    text = render(tmp_path, NEW, engine_image_mirror="http://mirror:5000", **settings)[unit]
     path = tmp_path / f"glm-{program}.service"
     path.write_text(text.replace(f"/opt/glm/bin/{program}", "/bin/true").replace("Requires=docker.service\n", ""))
     done = subprocess.run(["systemd-analyze", "verify", path], capture_output=True, text=True, check=False)
@@ -148,6 +195,16 @@ def test_the_image_comes_through_the_mirror(tmp_path: Path) -> None:
     out = render(tmp_path, NEW, engine_image_mirror="http://mirror:5000")
     assert f"--mirror http://mirror:5000 \\\n  {IMAGE['pull_ref']}\n" in out["unit"] and not out["present"]
     assert "--mirror" not in render(tmp_path, NEW)["unit"]
+
+
+def test_what_the_pull_is_told_where_the_nodes_share(tmp_path: Path) -> None:
+    out = render(tmp_path, NEW, engine_image_resolved=SHARED, engine_image_share=SHARE)
+    told = json.loads(out["image"])
+    assert (told["registry"], told["repository"]) == (SHARED["api"], SHARED["path"])
+    assert (told["manifests"], told["blobs"], told["share"]) == (SHARED["manifests"], SHARED["blobs"], SHARE)
+    assert "--share /etc/glm/image.json" in out["unit"]
+    assert f"ReadWritePaths={told['directory']}\n" in out["unit"]
+    assert "--share" not in render(tmp_path, NEW)["unit"]
 
 
 def test_what_the_download_is_told(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A node's part in bringing a checkpoint to many: its share from the hub, the rest from its peers, by shares.Plan.
+"""A node's part in bringing a checkpoint or an image to many: a share from the hub, the rest from peers: shares.Plan.
 
 A peer is a web server on another node that offers, below /REVISION/, the files whose hash is right, and `state`: what
 it has and does, or the manifest of a revision that is complete. Nothing that it says is believed: each file is hashed
@@ -153,8 +153,9 @@ class Exchange:
         hub: Callable[[list[str], threading.Event], None],
         hub_begun: Callable[[], int],
         stop: threading.Event,
+        hub_name: str = HUB,
     ) -> None:
-        """`directory` is the model's, on the file system of `root`.
+        """`directory` is that of all revisions, on the file system of `root`.
 
         `hub` brings files, by path, into `root` until the event is set; what it raises ends the hub's part alone.
         `hub_begun` tells the bytes of those that are not yet in their places.
@@ -166,6 +167,7 @@ class Exchange:
         self.hub = hub
         self.hub_begun = hub_begun
         self.stop = stop
+        self.hub_name = hub_name
         self.files = [as_wanted(item) for item in manifest["files"]]
         self.plan = Plan([file.size for file in self.files], len(settings.addresses))
         self.me = list(settings.addresses).index(settings.name)
@@ -187,7 +189,7 @@ class Exchange:
         self.verified: set[int] = set()
         self.checks: dict[int, concurrent.futures.Future[None]] = {}
         self.hub_failed = False
-        self.bytes = {HUB: 0, PEERS: 0}  # by where they came from
+        self.bytes = {hub_name: 0, PEERS: 0}  # by where they came from
         self.rates: list[float] = []  # bytes/s of transfers that ended well
         self.looked = False  # at the peers, once at least
         self.moved = time.monotonic()
@@ -353,9 +355,9 @@ class Exchange:
             hasher.update(block)
         came = place in self.from_hub
         if hasher.hexdigest() == file.digest:
-            self.right(place, HUB if came else "")
+            self.right(place, self.hub_name if came else "")
             return
-        whose = "the hub gave" if came else "found"
+        whose = f"{self.hub_name} gave" if came else "found"
         say(f"{file.path}: expected {file.algorithm} {file.digest}, {whose} {hasher.hexdigest()}")
         path.unlink()
         with self.changed:
