@@ -28,7 +28,6 @@ SPEC = {
     "key_file": {"type": "path", "required": True},
     "packages": {"type": "list", "elements": "dict", "required": True},
     "image": {"type": "dict", "required": True},
-    "registry": {"type": "str", "required": True},
     "model": {"type": "dict", "required": True},
     "hub": {"type": "str", "required": True},
     "hub_token": {"type": "str", "default": "", "no_log": True},
@@ -72,7 +71,7 @@ def make(bundle: Bundle, args: Mapping[str, Any], *, check: bool) -> dict[str, A
         bundle.plan_packages(
             each["distribution"], repositories, each["names"], optional=each["optional"], pinning=each["pinning"]
         )
-    bundle.plan_files(image_wishes(args["image"], args["registry"]))
+    bundle.plan_files(image_wishes(args["image"]))
     bundle.plan_files(model_wishes(args["model"], args["hub"], args["hub_token"]))
     bundle.insist_on_room()
     show(NAME, f"{human(bundle.needed())} to fetch into {bundle.directory}")
@@ -90,23 +89,18 @@ def make(bundle: Bundle, args: Mapping[str, Any], *, check: bool) -> dict[str, A
     return {"changed": True, "bundle": {**made, "key_file": args["key_file"]}}
 
 
-def image_wishes(image: Mapping[str, Any], registry: str) -> Iterator[Wish]:
+def image_wishes(image: Mapping[str, Any]) -> Iterator[Wish]:
     """By digest, as in a directory of the OCI's image layout."""
     if image["registry"] != DOCKER_HUB:
         raise Problem(
             f"glm_image: Docker asks a mirror for Docker Hub's images alone, and {image['repository']} is of "
             f"{image['registry']}: set it to an image of Docker Hub"
         )
-    opener = BlobOpener(registry, path_of(image["repository"]))
+    opener = BlobOpener(image["api"], image["path"])
     for blob in image["blobs"]:
         algorithm, _, digest = blob["digest"].partition(":")
         wanted = Wanted(blob["digest"], blob["size"], algorithm, digest)
         yield Wish(f"images/{algorithm}/{digest}", wanted, opener, blob["digest"])
-
-
-def path_of(repository: str) -> str:
-    """A name of Docker Hub as its API has it."""
-    return repository if "/" in repository else f"library/{repository}"
 
 
 def model_wishes(manifest: Mapping[str, Any], hub: str, token: str) -> Iterator[Wish]:

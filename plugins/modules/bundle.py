@@ -28,7 +28,6 @@ options:
     elements: dict
     required: true
   image: {description: What image_digest returned., type: dict, required: true}
-  registry: {description: Address of the registry's API., type: str, required: true}
   model: {description: What hub_manifest returned., type: dict, required: true}
   hub: {description: Address of the hub., type: str, required: true}
   hub_token: {description: Token for the hub., type: str, default: ""}

@@ -411,8 +411,7 @@ def test_an_image_of_another_registry_is_refused() -> None:
     with pytest.raises(
         Problem, match=r"Docker asks a mirror for Docker Hub's images alone, and ghcr.io/a/b is of ghcr"
     ):
-        list(action.image_wishes(image, "https://ghcr.io"))
-    assert action.path_of("debian") == "library/debian"
+        list(action.image_wishes(image))
 
 
 @pytest.mark.parametrize(
