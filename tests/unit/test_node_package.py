@@ -13,6 +13,7 @@ from ansible_collections.glm.fleet.plugins.module_utils.glm_node import systemd
 ROOT = Path(__file__).resolve().parents[2]
 # What each program does without its arguments shows that its imports are there.
 PROGRAMS = {
+    "acceptance/files/accept-node": "/etc/glm/acceptance.json cannot be used",
     "benchmark/files/benchmark_run.py": "IndexError",
     "engine_image/files/image-pull": "the following arguments are required",
     "gateway/files/accounts": "the following arguments are required",
