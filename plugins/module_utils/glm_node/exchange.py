@@ -14,13 +14,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 from .shares import Plan
 from .systemd import Meter, human
-from .transfer import PeerOpener, Slow, Stopped, Unavailable, Wanted, Wrong, fetch
+from .transfer import PeerOpener, Slow, Stopped, Unavailable, Wanted, Wrong, digest, fetch
 
 OFFER = ".glm-offer"
 # Seconds after which a peer is asked again that had no room or did not answer.
@@ -348,15 +347,13 @@ class Exchange:
 
     def check(self, place: int) -> None:
         file, path = self.files[place], self.root / self.files[place].path
-        hasher = file.hasher()
-        for block in blocks(path, self.closed):
-            hasher.update(block)
+        hashed = digest(file, path, self.closed)
         came = place in self.from_hub
-        if hasher.hexdigest() == file.digest:
+        if hashed == file.digest:
             self.right(place, HUB if came else "")
             return
         whose = "the hub gave" if came else "found"
-        say(f"{file.path}: expected {file.algorithm} {file.digest}, {whose} {hasher.hexdigest()}")
+        say(f"{file.path}: expected {file.algorithm} {file.digest}, {whose} {hashed}")
         path.unlink()
         with self.changed:
             self.local.discard(place)
@@ -518,13 +515,3 @@ def size_of(path: Path) -> int | None:
         return path.lstat().st_size
     except OSError:
         return None
-
-
-def blocks(path: Path, stop: threading.Event) -> Iterator[bytes]:
-    """What is read is on the disk afterwards, not only in the page cache."""
-    with path.open("rb") as stream:
-        while block := stream.read(8 << 20):
-            if stop.is_set():
-                raise Stopped
-            yield block
-        os.fsync(stream.fileno())
