@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from share_server import server_config
 from small_hub import REPO, REVISION, SmallHub, model, small_hub
-from test_weights_fetch import Node
+from test_weights_fetch import TOTAL, Node
 from testbed import crowd
 
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") or "nginx"  # tests/programs brings it
@@ -133,6 +133,10 @@ def test_three_nodes_ask_the_hub_for_each_file_once(peers: list[Peer], hub: Smal
         peer.serve()
     finish(peers)
     assert dict(hub.downloads) == dict.fromkeys(model(), 1)
+    came = [peer.sources() for peer in peers]
+    assert [sum(sources.values()) for sources in came] == [TOTAL] * 3
+    assert sum(sources.get("hub", 0) for sources in came) == TOTAL
+    assert sum(sources["peers"] for sources in came) == 2 * TOTAL
 
 
 def test_a_new_node_gets_everything_from_those_that_serve(peers: list[Peer], hub: SmallHub) -> None:
@@ -142,6 +146,7 @@ def test_a_new_node_gets_everything_from_those_that_serve(peers: list[Peer], hub
         peer.have(model())
     finish(peers[2:])
     assert not hub.downloads
+    assert peers[2].sources() == {"peers": TOTAL}
 
 
 def test_a_peer_that_lies_is_named_and_the_file_fetched_elsewhere(peers: list[Peer], hub: SmallHub) -> None:
@@ -155,6 +160,7 @@ def test_a_peer_that_lies_is_named_and_the_file_fetched_elsewhere(peers: list[Pe
     assert f"gave a wrong {shard} (expected sha256" in said
     assert "peer node1 (127.0.77.1)" in said and "peer node2 (127.0.77.2)" in said
     assert dict(hub.downloads) == {shard: 1}
+    assert peers[2].sources() == {"hub": len(wrong), "peers": TOTAL - len(wrong)}
 
 
 def test_peers_that_are_not_there_cost_some_patience_alone(peers: list[Peer], hub: SmallHub) -> None:
@@ -281,3 +287,6 @@ def test_each_nodes_share_comes_from_a_source_of_the_user_first(peers: list[Peer
         said += err
     assert f"from {source}" in said
     assert dict(hub.downloads) == {lacking: 1}
+    came = [peer.sources() for peer in peers]
+    assert sum(sources.get("hub", 0) for sources in came) == len(model()[lacking])
+    assert sum(sources.get(str(source), 0) for sources in came) == TOTAL - len(model()[lacking])

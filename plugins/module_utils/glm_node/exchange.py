@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 from .shares import Plan
-from .systemd import Meter, human
+from .systemd import Meter, origins
 from .transfer import PeerOpener, Slow, Stopped, Unavailable, Wanted, Wrong, digest, fetch
 
 OFFER = ".glm-offer"
@@ -31,7 +31,7 @@ LIES = 3
 HUB_PATIENCE = 4
 # Looks in a row without an answer after which one counts as gone.
 REFUSALS = 3
-HUB, PEERS = "the hub", "peers"
+HUB, PEERS = "hub", "peers"
 
 
 class Settings(NamedTuple):
@@ -294,7 +294,7 @@ class Exchange:
 
     def note(self) -> str:
         with self.changed:
-            shares = ", ".join(f"{human(count)} from {source}" for source, count in self.bytes.items())
+            shares = origins(self.bytes)
         return f"{len(self.files) - len(self.missing)} of {len(self.files)} files, {shares}"
 
     def publish(self) -> None:
