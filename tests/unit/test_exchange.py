@@ -11,15 +11,18 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node import exchange
 from share_server import server_config
-from small_hub import REPO, REVISION, SmallHub, model, small_hub
+from small_hub import REPO, REVISION, SHARDS, SmallHub, model, small_hub
 from test_weights_fetch import TOTAL, Node
 from testbed import crowd
 
@@ -290,3 +293,34 @@ def test_each_nodes_share_comes_from_a_source_of_the_user_first(peers: list[Peer
     came = [peer.sources() for peer in peers]
     assert sum(sources.get("hub", 0) for sources in came) == len(model()[lacking])
     assert sum(sources.get(str(source), 0) for sources in came) == TOTAL - len(model()[lacking])
+
+
+def test_what_a_source_gave_is_not_hashed_again_nor_taken_for_the_hubs(tmp_path: Path) -> None:
+    content = model()[SHARDS[0]]
+    root, stop = tmp_path / "root", threading.Event()
+    root.mkdir()
+    entry = {"path": SHARDS[0], "size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "git_sha1": None}
+    job = exchange.Exchange(
+        exchange.Settings("a", {"a": "127.0.77.1"}, 1), tmp_path, root,
+        manifest={"revision": REVISION, "sha256": "", "files": [entry]},
+        hub=lambda _paths, _stop: None, hub_begun=lambda: 0, stop=stop,
+    )  # fmt: skip
+    job.take_stock({SHARDS[0]}, None)
+    job.from_hub = {0}
+
+    class Scratch(type(tmp_path)):  # type: ignore[misc]
+        """Somebody looks just after it has been put into its place."""
+
+        def replace(self, target: Path) -> None:
+            super().replace(target)
+            looking.start()
+            looking.join(0.3)
+
+    with ThreadPoolExecutor() as pool:
+        looking = threading.Thread(target=job.check_arrivals, args=(pool,))
+        scratch = Scratch(tmp_path / "scratch")
+        scratch.write_bytes(content)
+        job.deliver(scratch, root / SHARDS[0], "/mnt")
+        looking.join()
+        assert not job.checks
+    assert job.bytes == {"hub": 0, "peers": 0, "/mnt": len(content)}

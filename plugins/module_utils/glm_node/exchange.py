@@ -331,9 +331,12 @@ class Exchange:
             self.publish()
             self.changed.notify_all()
 
-    def delivered(self, path: str, source: str) -> None:
-        """What brings files for the hub has hashed this one itself."""
-        self.right(next(place for place, file in enumerate(self.files) if file.path == path), source)
+    def deliver(self, scratch: Path, place: Path, source: str) -> None:
+        """What brings files for the hub has hashed this one itself: that is known before it is seen in its place."""
+        file = next(number for number, file in enumerate(self.files) if self.root / file.path == place)
+        with self.changed:
+            scratch.replace(place)
+            self.right(file, source)
 
     def check_arrivals(self, pool: concurrent.futures.Executor) -> None:
         """Hashes what was there at first, and what the hub's client has put into its place."""
