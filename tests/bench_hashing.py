@@ -29,8 +29,11 @@ PROGRAM = ROOT / "roles/model_weights/files/weights-fetch"
 FILES, SIZE = 16, 256 << 20
 FETCHED = 4  # files, all at a time, as the role does
 ROUNDS = 7
+PROGRAMS = ("sha256sum", "openssl sha256")
 LEAST = 0.8  # of the other's rate
 CORES = os.cpu_count() or 1
+BLKIO = Path("/sys/fs/cgroup/blkio")
+DISK_RATE = 500_000_000  # bytes a second of a disk that is slower than the cores
 
 
 class Row(NamedTuple):
@@ -119,6 +122,24 @@ def server(root: Path, scratch: Path, nginx: str) -> Iterator[int]:
         process.wait()
 
 
+@contextmanager
+def slow_disk(path: Path) -> Iterator[None]:
+    """What this process and its children read from the disk of `path` comes with DISK_RATE."""
+    number = path.stat().st_dev
+    device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+    if (device / "partition").exists():
+        device = device.parent
+    group = BLKIO / f"glmbench{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / "blkio.throttle.read_bps_device").write_text(f"{(device / 'dev').read_text().strip()} {DISK_RATE}")
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        yield
+    finally:
+        (BLKIO / "cgroup.procs").write_text(str(os.getpid()))
+        group.rmdir()
+
+
 def checks(path: Path) -> list[Row]:
     """The program's own check of a complete revision, on the disk of `path`."""
     models = path / "models"
@@ -142,10 +163,14 @@ def checks(path: Path) -> list[Row]:
     check()  # brings the files into the page cache
     rows = [
         compare(("check, page cache", f"`{program}`"), check, all_by(program), size, lambda: None)
-        for program in ("sha256sum", "openssl sha256")
+        for program in PROGRAMS
     ]
-    for program in ("sha256sum", "cat"):
-        rows.append(compare(("check, from the disk", f"`{program}`"), check, all_by(program), size, cold))
+    rows += [
+        compare(("check, from the disk", f"`{program}`"), check, all_by(program), size, cold) for program in PROGRAMS
+    ]
+    if BLKIO.is_dir():
+        with slow_disk(path):
+            rows.append(compare(("check, from a disk of 0.5 GB/s", "`cat`"), check, all_by("cat"), size, cold))
     return rows
 
 
@@ -180,7 +205,7 @@ def fetches(path: Path, wanted: list[Wanted], nginx: str) -> list[Row]:
         title = f"{FETCHED} files from nginx, hashed as they come"
         return [
             compare((title, f"`curl`, then `{program}`"), ours, theirs(program), FETCHED * SIZE, empty)
-            for program in ("sha256sum", "openssl sha256")
+            for program in PROGRAMS
         ]
 
 
