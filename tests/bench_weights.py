@@ -545,10 +545,11 @@ off there.
 
 ## Hashing
 
-{cores} cores that have SHA instructions, {hashed} files of {size} MB, {rounds} rounds in turns; the start of our
-program is in its times. "From the disk": none of the files is in the page cache. This disk gives more than two cores
-can hash; bounded to 0.5 GB/s it is `cat` that tells the disk's own rate. The `sha256sum` of coreutils 9.1 makes no
-use of the SHA instructions, OpenSSL does.
+{cores} cores that have SHA instructions, {hashed} files of {size} MiB, {rounds} rounds in turns beside whatever
+else the machine did: the ratio counts, not the rates. The start of our program is in its times. "From the disk":
+none of the files is in the page cache. This disk gives more than two cores can hash; bounded to 0.5 GB/s it is
+`cat` that tells the disk's own rate. The `sha256sum` of coreutils 9.1 makes no use of the SHA instructions, OpenSSL
+does.
 
 {hashing}
 """
