@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ansible_collections.glm.fleet.plugins.module_utils.glm_node.systemd import duration, human
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.systemd import called, duration, human
 from ansible_collections.glm.fleet.plugins.plugin_utils.edges import edge_of
 from ansible_collections.glm.fleet.plugins.plugin_utils.failures import failure, words
 
@@ -136,15 +136,13 @@ def report_weights(nodes: Mapping[str, Mapping[str, Any]], names: Iterable[str])
 
 def weights_words(weights: Mapping[str, Any]) -> str:
     """Of a node 755.6 GB in 14 min, 12.5 % from the hub, 87.5 % from peers; of all 6.04 TB to 8 nodes, ..."""
-    parts = [
-        f"{100 * size / weights['bytes']:.1f} % from {'the hub' if source == 'hub' else source}"
-        for source, size in weights["sources"].items()
-    ]
+    total = weights["bytes"]
+    parts = [f"{100 * size / total:.1f} % from {called(source)}" for source, size in weights["sources"].items()]
     if "nodes" in weights:
         more = f"to {weights['nodes']} {'node' if weights['nodes'] == 1 else 'nodes'}"
     else:
         more = f"in {duration(weights['seconds'])}"
-    return ", ".join([f"{human(weights['bytes'])} {more}", *parts])
+    return ", ".join([f"{human(total)} {more}", *parts])
 
 
 def report_verdict(report: Mapping[str, Any]) -> str:

@@ -52,7 +52,12 @@ def duration(seconds: float) -> str:
 
 def origins(sizes: Mapping[str, int]) -> str:
     """Bytes by where they came from."""
-    return ", ".join(f"{human(size)} from {'the hub' if name == 'hub' else name}" for name, size in sizes.items())
+    return ", ".join(f"{human(size)} from {called(source)}" for source, size in sizes.items())
+
+
+def called(source: str) -> str:
+    """A source in a sentence."""
+    return "the hub" if source == "hub" else source
 
 
 def measured(text: str) -> dict[str, Any]:
