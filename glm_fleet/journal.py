@@ -9,8 +9,9 @@ Each line has `at` (UTC, ISO 8601) and `what`:
     approval  wave                             the answer to a pause is waited for
     result    host, outcome (changed, failed, unreachable), role, task, seconds, message, failure (id, host, text,
               fix, unit, nothing_changed)
-    progress  host, text                       of a long step; of a download also done, total (bytes), rate (bytes/s)
-    fact      host, name, value                verify, benchmark, command or verdict
+    progress  host, text                       of a long step; of a download also done, total (bytes), rate (bytes/s),
+              sources (bytes by where they came from)
+    fact      host, name, value                verify, benchmark, weights, command or verdict
     entry     host, entry                      of the node in report.json
     stats     changed, failures, dark, rescued, processed   counts by host
     end       exit_code, messages, hosts

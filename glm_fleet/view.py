@@ -85,6 +85,7 @@ class State:
         node["detail"] = line["text"].partition(" · ")[2] or line["text"]  # the phase says which unit
         if "total" in line:
             node["download"] = {name: line[name] for name in ("done", "total", "rate")}
+            node["download"]["sources"] = line.get("sources", {})
 
     def downloads(self) -> str:
         """What the nodes download, all of them together; the last one is done when the slowest is."""
@@ -93,8 +94,13 @@ class State:
             return ""
         done, total, rate = (sum(meter[name] for meter in meters) for name in ("done", "total", "rate"))
         text = f"{len(meters)} nodes: {filesize.decimal(done)} of {filesize.decimal(total)}, {filesize.decimal(rate)}/s"
+        sources: Counter[str] = Counter()
+        for meter in meters:
+            sources.update(meter["sources"])
         left = [(meter["total"] - meter["done"]) / meter["rate"] for meter in meters if meter["rate"]]
-        return f"{text}, ETA {clock(max(left))}" if len(left) == len(meters) else text
+        if len(left) == len(meters):
+            text += f", ETA {clock(max(left))}"
+        return ", ".join([text, *shares(sources)])
 
     def _result(self, line: Line, node: dict[str, Any]) -> None:
         if line["outcome"] != "changed":
@@ -115,6 +121,16 @@ class State:
             if name in self.nodes:
                 phase = "done" if outcome in ("ok", "changed") else outcome
                 self.nodes[name].update(phase=phase, since=self.ended)
+
+
+def shares(sources: Counter[str]) -> list[str]:
+    """12 % from the hub."""
+    total = sources.total()
+    return [
+        f"{100 * size / total:.0f} % from {'the hub' if source == 'hub' else source}"
+        for source, size in sources.items()
+        if total
+    ]
 
 
 def clock(seconds: float) -> str:

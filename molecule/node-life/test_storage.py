@@ -130,7 +130,7 @@ def test_weights_are_copied_from_there_to_the_disk(fleet: Fleet) -> None:
     assert serve(fleet)
     for node in NODES:
         end = fetched(fleet, node)
-        assert re.search(rf"(\S+ \wB), \1 of it from {GLUSTER}/models/{MODEL}$", end), end
+        assert re.search(rf"(\S+ \wB): \1 from {GLUSTER}/models/{MODEL}$", end), end
         mounted = fleet.run(node, "docker inspect glm-engine --format '{{json .Mounts}}'")
         assert f"/var/lib/glm/models/{MODEL}" in mounted
         assert GLUSTER not in mounted

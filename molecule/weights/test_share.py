@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import time
@@ -11,6 +12,7 @@ from conftest import ADDRESSES, FIRST, IMAGE_DIRECTORY, MODEL, NEW, Sharing
 from machines import Machine
 from testbed import ROOT, Run, docker
 
+CHECKPOINT = ROOT / "molecule/shared/model/checkpoint"
 SHARD = "model-00002-of-00004.safetensors"
 SHARED = r"shared: (\d+) of \1 files, ([\d.]+ k?M?B) from the hub, ([\d.]+ k?M?B) from peers"
 SERVER = "systemctl is-active glm-share.service"
@@ -25,8 +27,13 @@ def pulled(fleet: Sharing, node: str) -> str:
 
 def test_three_bare_nodes_ask_the_hub_for_each_file_once(fleet: Sharing, prepared: tuple[Run, Counter[str]]) -> None:
     _, asked = prepared
-    checkpoint = {path.name for path in (ROOT / "molecule/shared/model/checkpoint").glob("[!.]*")}
-    assert asked == Counter(checkpoint)
+    checkpoint = {path.name: path.stat().st_size for path in CHECKPOINT.glob("[!.]*")}
+    assert asked == Counter(checkpoint.keys())
+    total = sum(checkpoint.values())
+    came = [json.loads(fleet.run(node, "cat /run/glm-weights/result.json")) for node in FIRST]
+    assert [each["bytes"] for each in came] == [total] * 3
+    assert sum(each["sources"].get("hub", 0) for each in came) == total
+    assert sum(each["sources"].get("peers", 0) for each in came) == 2 * total
     assert fleet.files(FIRST[0]) == fleet.files(FIRST[1]) == fleet.files(FIRST[2])
     for node in FIRST:
         assert re.search(SHARED, fleet.journal(node)), fleet.journal(node)

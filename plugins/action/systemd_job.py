@@ -43,7 +43,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 shown, shown_at = line, time.monotonic()
             result.update(changed=changed, elapsed=elapsed, status_text=status, inactive_s=answer.get("inactive_s"))
             if answer["phase"] == "done":
-                return result
+                return {**result, "result": answer.get("result", {})}
             if answer["phase"] == "failed":
                 found = failure("unit_failed", answer["message"], host=host, unit=args["name"])
                 return {**result, "failed": True, "msg": answer["message"], "failure": found}

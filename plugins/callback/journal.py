@@ -29,6 +29,7 @@ from ansible_collections.glm.fleet.plugins.plugin_utils.journal import write
 FACTS = {
     "verify_result": "verify",
     "benchmark_result": "benchmark",
+    "model_weights_fetched": "weights",
     "gateway_keys": "keys",
     "gateway_edge": "edge",
     "gateway_usage": "usage",

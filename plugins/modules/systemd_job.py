@@ -21,6 +21,10 @@ options:
     description: Have systemd read its unit files before the start, if it says that they have changed.
     type: bool
     default: false
+  result_file:
+    description: A JSON object that the unit's program leaves at its end, to be returned.
+    type: path
+    default: ""
   reconnect_timeout: {description: Seconds without a connection before giving up., type: int, default: 600}
   follow:
     description: What the action plugin knows of the run that it follows. Not for playbooks.
@@ -44,6 +48,7 @@ EXAMPLES = r"""
 RETURN = r"""
 elapsed: {description: Seconds from the start to the end., type: float, returned: always}
 status_text: {description: The last StatusText of the unit., type: str, returned: always}
+result: {description: What result_file holds; empty where nothing was started., type: dict, returned: success}
 inactive_s:
   description: Seconds from when the unit last stopped being active until it was active again; null if it never was.
   type: float
@@ -58,6 +63,7 @@ import time
 from typing import Any, Callable
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_json
 
 SYSTEMCTL_PROPERTIES = (
     "Type,LoadState,ActiveState,SubState,Result,Job,StatusText,InvocationID,ExecMainStatus,NeedDaemonReload,"
@@ -225,6 +231,7 @@ class Unit:
             "changed": changed,
             "message": message,
             "status_text": self.status_text,
+            "result": read_json(self.params["result_file"]) if phase == "done" and changed else {},
             "inactive_s": inactive_seconds(state),
             "boot": boot_id(),
             "run_id": self.follow["run_id"] or (state.get("InvocationID", "") if seen else ""),
@@ -274,6 +281,7 @@ def main() -> None:
             "interval": {"type": "int", "default": 10},
             "restart": {"type": "bool", "default": False},
             "reload_units": {"type": "bool", "default": False},
+            "result_file": {"type": "path", "default": ""},
             "reconnect_timeout": {"type": "int", "default": 600},
             "follow": {
                 "type": "dict",

@@ -72,7 +72,7 @@ PLAYS = """
         - ansible.builtin.command: {argv: ["true"]}
         - ansible.builtin.debug: {msg: the words}
           vars: {some_role_says: verdict}
-        - ansible.builtin.set_fact: {report_entry: {ok: true}}
+        - ansible.builtin.set_fact: {report_entry: {ok: true}, model_weights_fetched: {bytes: 5}}
     - ansible.builtin.set_stats: {data: {status: {node-1: {phase: serving}}}}
     - ansible.builtin.fail: {msg: "{{ item }}"}
       loop: [it is full, it is cold]
@@ -115,15 +115,18 @@ def test_the_journal_says_what_happened_whatever_the_tasks_are_called(tmp_path: 
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     lines = [json.loads(text) for text in file.read_text().splitlines()]
     of_first = [(seen["what"], seen) for seen in lines if seen.get("host") == "node-1"]
-    assert [what for what, _ in of_first] == ["wave", "phase", "result", "fact", "entry", "result", "phase", "fact"]
+    assert [what for what, _ in of_first] == [
+        "wave", "phase", "result", "fact", "entry", "fact", "result", "phase", "fact"
+    ]  # fmt: skip
     facts = [seen for _, seen in of_first]
     assert facts[0]["number"] == 1
     assert [seen["phase"] for what, seen in of_first if what == "phase"] == ["drain", "soak"]
     assert facts[2]["outcome"] == "changed"
     assert (facts[3]["name"], facts[3]["value"]) == ("verdict", "the words")
     assert facts[4]["entry"] == {"ok": True}
-    assert facts[5]["message"] == "node-1: it is full; it is cold"
-    assert (facts[7]["name"], facts[7]["value"]) == ("status", {"phase": "serving"})
+    assert (facts[5]["name"], facts[5]["value"]) == ("weights", {"bytes": 5})
+    assert facts[6]["message"] == "node-1: it is full; it is cold"
+    assert (facts[8]["name"], facts[8]["value"]) == ("status", {"phase": "serving"})
     assert [seen["waves"] for seen in lines if seen["what"] == "play"] == [True, True]
     assert "approval" in [seen["what"] for seen in lines]
     bad = [seen for seen in lines if seen.get("host") == "node-2" and seen["what"] == "result"][-1]
@@ -363,6 +366,15 @@ def test_downloads_of_all_nodes_are_one_line() -> None:
     assert state.downloads() == "2 nodes: 400.0 GB of 1.0 TB, 3.0 GB/s, ETA 3:20"
     state.take({"what": "progress", "host": "c", "text": text, "done": 0, "total": 500e9, "rate": 0})
     assert state.downloads() == "3 nodes: 400.0 GB of 1.5 TB, 3.0 GB/s"
+    for host, shares in (("a", {"hub": 100e9, "peers": 200e9}), ("b", {"hub": 50e9, "peers": 50e9})):
+        line = {"done": 200e9, "total": 500e9, "rate": 1e9, "sources": shares}
+        state.take({"what": "progress", "host": host, "text": text, **line})
+    told = "400.0 GB of 1.5 TB, 2.0 GB/s, 38 % from the hub, 62 % from peers"
+    assert state.downloads() == f"3 nodes: {told}"
+    console = Console(file=io.StringIO(), width=120)
+    assert f"3 nodes: {told}" in render(LiveView(state, console), console)
+    state.take({"what": "progress", "host": "a", "text": text, "done": 300e9, "total": 500e9, "rate": 1e9})
+    state.take({"what": "progress", "host": "b", "text": text, "done": 100e9, "total": 500e9, "rate": 2e9})
     console = Console(file=io.StringIO(), width=80)
     assert "3 nodes: 400.0 GB of 1.5 TB, 3.0 GB/s" in render(LiveView(state, console), console)
     state.take({"what": "phase", "host": "a", "phase": "waiting"})

@@ -11,16 +11,19 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node import exchange
 from share_server import server_config
-from small_hub import REPO, REVISION, SmallHub, model, small_hub
-from test_weights_fetch import Node
+from small_hub import REPO, REVISION, SHARDS, SmallHub, model, small_hub
+from test_weights_fetch import TOTAL, Node
 from testbed import crowd
 
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") or "nginx"  # tests/programs brings it
@@ -135,6 +138,10 @@ def test_three_nodes_ask_the_hub_for_each_file_once(peers: list[Peer], hub: Smal
         peer.serve()
     finish(peers)
     assert dict(hub.downloads) == dict.fromkeys(model(), 1)
+    came = [peer.sources() for peer in peers]
+    assert [sum(sources.values()) for sources in came] == [TOTAL] * 3
+    assert sum(sources.get("hub", 0) for sources in came) == TOTAL
+    assert sum(sources["peers"] for sources in came) == 2 * TOTAL
 
 
 def test_a_new_node_gets_everything_from_those_that_serve(peers: list[Peer], hub: SmallHub) -> None:
@@ -144,6 +151,7 @@ def test_a_new_node_gets_everything_from_those_that_serve(peers: list[Peer], hub
         peer.have(model())
     finish(peers[2:])
     assert not hub.downloads
+    assert peers[2].sources() == {"peers": TOTAL}
 
 
 def test_a_peer_that_lies_is_named_and_the_file_fetched_elsewhere(peers: list[Peer], hub: SmallHub) -> None:
@@ -157,6 +165,7 @@ def test_a_peer_that_lies_is_named_and_the_file_fetched_elsewhere(peers: list[Pe
     assert f"gave a wrong {shard} (expected sha256" in said
     assert "peer node1 (127.0.77.1)" in said and "peer node2 (127.0.77.2)" in said
     assert dict(hub.downloads) == {shard: 1}
+    assert peers[2].sources() == {"hub": len(wrong), "peers": TOTAL - len(wrong)}
 
 
 def test_peers_that_are_not_there_cost_some_patience_alone(peers: list[Peer], hub: SmallHub) -> None:
@@ -283,3 +292,37 @@ def test_each_nodes_share_comes_from_a_source_of_the_user_first(peers: list[Peer
         said += err
     assert f"from {source}" in said
     assert dict(hub.downloads) == {lacking: 1}
+    came = [peer.sources() for peer in peers]
+    assert sum(sources.get("hub", 0) for sources in came) == len(model()[lacking])
+    assert sum(sources.get(str(source), 0) for sources in came) == TOTAL - len(model()[lacking])
+
+
+def test_what_a_source_gave_is_not_hashed_again_nor_taken_for_the_hubs(tmp_path: Path) -> None:
+    content = model()[SHARDS[0]]
+    root, stop = tmp_path / "root", threading.Event()
+    root.mkdir()
+    entry = {"path": SHARDS[0], "size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "git_sha1": None}
+    job = exchange.Exchange(
+        exchange.Settings("a", {"a": "127.0.77.1"}, 1), tmp_path, root,
+        manifest={"revision": REVISION, "sha256": "", "files": [entry]},
+        hub=lambda _paths, _stop: None, hub_begun=lambda: 0, stop=stop,
+    )  # fmt: skip
+    job.take_stock({SHARDS[0]}, None)
+    job.from_hub = {0}
+
+    class Scratch(type(tmp_path)):  # type: ignore[misc]
+        """Somebody looks just after it has been put into its place."""
+
+        def replace(self, target: Path) -> None:
+            super().replace(target)
+            looking.start()
+            looking.join(0.3)
+
+    with ThreadPoolExecutor() as pool:
+        looking = threading.Thread(target=job.check_arrivals, args=(pool,))
+        scratch = Scratch(tmp_path / "scratch")
+        scratch.write_bytes(content)
+        job.deliver(scratch, root / SHARDS[0], "/mnt")
+        looking.join()
+        assert not job.checks
+    assert job.bytes == {"hub": 0, "peers": 0, "/mnt": len(content)}

@@ -64,8 +64,16 @@ def test_what_the_meter_tells_is_read_back() -> None:
     meter = systemd.Meter("sharing", 755_600_000_000)
     first = meter.text(0, now=10.0)
     assert systemd.measured(first) == {"done": 0, "total": 755_600_000_000, "rate": 0}
-    text = "glm-weights.service · " + meter.text(30_700_000_000, "20.0 GB from the hub, 10.7 GB from peers", now=20.0)
-    assert systemd.measured(text) == {"done": 30_700_000_000, "total": 755_600_000_000, "rate": 3_100_000_000}
+    sources = {"hub": 20_000_000_000, "http://mirror:80/glm": 0, "peers": 10_700_000_000}
+    note = systemd.origins(sources)
+    assert note == "20.0 GB from the hub, 0 B from http://mirror:80/glm, 10.7 GB from peers"
+    text = "glm-weights.service · " + meter.text(30_700_000_000, f"3 of 20 files, {note}", now=20.0)
+    assert systemd.measured(text) == {
+        "done": 30_700_000_000,
+        "total": 755_600_000_000,
+        "rate": 3_100_000_000,
+        "sources": sources,
+    }
     assert systemd.measured("waiting 2 min for the next attempt: 3 of 20 files") == {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import subprocess
@@ -37,6 +38,7 @@ VARS = {
     f"report_{name}": f"{{{{ known[inventory_hostname].{name} }}}}"
     for name in (*NAMES, "outage", "checks", "benchmark")
 }
+VARS["report_weights"] = "{{ known[inventory_hostname].weights | default({}) }}"
 VARS["report_notes"] = "{{ known[inventory_hostname].notes | default([]) }}"
 
 
@@ -124,6 +126,38 @@ def test_what_was_not_checked_is_said_everywhere(run: tuple[subprocess.Completed
     assert f"Note: {said}, IMAGE could not read them: status 3, <no parser> \\| here" in written(directory, "report.md")
     assert said in written(directory, "report.html").replace("&#39;", "'")
     assert json.loads(written(directory, "report.json"))["nodes"]["b200-1"]["ok"] is True
+
+
+def test_where_the_weights_came_from_is_said_everywhere(run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    done, directory = run
+    shares = "12.5 % from the hub, 75.0 % from peers, 12.5 % from http://mirror.example/glm?<a|b>"
+    assert f"Weights:  755.6 GB to 1 node, {shares}" in done.stdout
+    markdown = written(directory, "report.md")
+    assert f"Weights: 755.6 GB to 1 node, {shares}." in markdown
+    assert markdown.count("| weights | 755.6 GB in 14 min, 12.5 % from the hub,") == 1  # of the node that fetched
+    page = html.unescape(written(directory, "report.html"))
+    assert f"755.6 GB to 1 node, {shares}<" in page and f"<dd>755.6 GB in 14 min, {shares}</dd>" in page
+    report = json.loads(written(directory, "report.json"))
+    assert report["nodes"]["b200-1"]["weights"] == NODES["b200-1"]["weights"]
+    assert "weights" not in report["nodes"]["b200-2"]
+
+
+def test_the_weights_of_all_nodes_are_summed_up() -> None:
+    nodes = {
+        "a": {"weights": {"bytes": 300, "seconds": 10.0, "sources": {"hub": 300}}},
+        "b": {"weights": {"bytes": 300, "seconds": 20.0, "sources": {"hub": 100, "an earlier revision": 200}}},
+        "c": {},
+    }
+    assert plugin.report_weights(nodes, ["a", "b", "c", "d"]) == {
+        "nodes": 2,
+        "bytes": 600,
+        "sources": {"hub": 400, "an earlier revision": 200},
+        "percent": {"hub": 66.7, "an earlier revision": 33.3},
+    }
+    assert plugin.report_weights(nodes, ["c"]) == {}
+    assert plugin.weights_words(plugin.report_weights(nodes, nodes)).startswith("600 B to 2 nodes, 66.7 % from the hub")
+    merged = plugin.report_merge(nodes, "", ["c"], "", "x")
+    assert "weights" not in merged and merged["schema"] == 1
 
 
 def test_a_note_of_many_nodes_is_said_once() -> None:

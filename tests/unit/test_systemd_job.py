@@ -66,6 +66,7 @@ def unit(systemd: Systemd, restart: bool = False, reload_units: bool = False, **
         "name": "x.service",
         "restart": restart,
         "reload_units": reload_units,
+        "result_file": str(Path(module.TOKENS).with_name("result.json")),
         "follow": {"token": "t", "wait": 0.05, "started": False, "run_id": "", "boot": "", **follow},
     }
     return module.Unit(params, systemd, pause=0.0)
@@ -143,6 +144,18 @@ def test_a_long_run_is_handed_on_and_then_watched(monkeypatch: pytest.MonkeyPatc
     assert (first["phase"], first["run_id"], first["status_text"]) == ("running", "aa", "1 GB of 2 GB")
     watched = unit(Systemd([BUSY, IDLE]), started=True, run_id="aa", boot="boot1").watch()
     assert watched["phase"] == "done" and watched["status_text"] == "1 GB of 2 GB"
+
+
+def test_what_the_program_leaves_is_returned_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier run has left is not this one's."""
+    left = Path(module.TOKENS).with_name("result.json")
+    left.write_text('{"bytes": 5}')
+    client(monkeypatch, None)
+    assert unit(Systemd([IDLE, BUSY])).start()["result"] == {}
+    assert unit(Systemd([SERVING])).start()["result"] == {}
+    assert unit(Systemd([BUSY, IDLE]), started=True, run_id="aa", boot="boot1").watch()["result"] == {"bytes": 5}
+    left.unlink()
+    assert unit(Systemd([IDLE]), started=True, run_id="aa", boot="boot1").watch()["result"] == {}
 
 
 def test_a_run_that_ended_while_nobody_was_told_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,6 +268,12 @@ def test_progress_is_shown_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> N
     assert shown.splitlines() == ["node1 · x.service · 1 GB", "node1 · x.service · 2 GB"]
     assert result["changed"] and "failed" not in result and result["status_text"] == "2 GB"
     assert [call["follow"]["started"] for call in sent] == [False, True, True, True]
+    assert result["result"] == {}  # in check mode the module has none
+
+
+def test_the_result_of_the_program_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [answer("running", result={}), answer("done", result={"bytes": 5})]
+    assert follow(monkeypatch, answers)[0]["result"] == {"bytes": 5}
 
 
 def test_a_lost_connection_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,6 +191,16 @@ def test_the_units_are_ones_that_systemd_takes(tmp_path: Path, unit: str, progra
     assert exposure(path) <= MOST
 
 
+def test_the_result_is_read_where_the_program_leaves_it(tmp_path: Path) -> None:
+    unit = render(tmp_path, NEW)["weights_unit"]
+    assert "RuntimeDirectory=glm-weights\nRuntimeDirectoryPreserve=yes\n" in unit
+    role = ROOT / "roles/model_weights"
+    fetch, *_ = yaml.safe_load((role / "tasks/fetch.yml").read_text())
+    assert fetch["glm.fleet.systemd_job"]["result_file"] == "{{ __model_weights_runtime }}/result.json"
+    assert yaml.safe_load((role / "vars/main.yml").read_text())["__model_weights_runtime"] == "/run/glm-weights"
+    assert 'RESULT = "result.json"' in (role / "files/weights-fetch").read_text()
+
+
 def test_the_image_comes_through_the_mirror(tmp_path: Path) -> None:
     out = render(tmp_path, NEW, engine_image_mirror="http://mirror:5000")
     assert f"--mirror http://mirror:5000 \\\n  {IMAGE['pull_ref']}\n" in out["unit"] and not out["present"]

@@ -27,6 +27,7 @@ from testbed import crowd
 PROGRAM = Path(__file__).resolve().parents[2] / "roles" / "model_weights" / "files" / "weights-fetch"
 SECOND = "2" * 40
 THIRD = "3" * 40
+TOTAL = sum(map(len, model().values()))
 
 
 def load(name: str = "weights-fetch") -> ModuleType:
@@ -47,6 +48,8 @@ class Node:
         self.hub = hub
         self.models = path / "models"
         self.docker_log = path / "docker.log"
+        self.runtime = path / "runtime"
+        self.runtime.mkdir()
         self.releases = [path / "current", path / "previous"]
         binary = path / "bin" / "docker"
         binary.parent.mkdir()
@@ -56,6 +59,7 @@ class Node:
             **{name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"},
             "PATH": f"{binary.parent}:{os.environ['PATH']}",
             "DOCKER_LOG": str(self.docker_log),
+            "RUNTIME_DIRECTORY": str(self.runtime),
             "PYTHONDONTWRITEBYTECODE": "1",
         }
 
@@ -108,6 +112,13 @@ class Node:
         root = self.models / revision
         return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
+    def sources(self) -> dict[str, int]:
+        """What the last run has left for the role."""
+        result = json.loads((self.runtime / "result.json").read_text())
+        assert result.keys() == {"bytes", "seconds", "sources"} and 0 <= result["seconds"] < 60 * crowd()
+        assert result["bytes"] == sum(result["sources"].values())
+        return dict(result["sources"])
+
     def names(self) -> set[str]:
         return {path.name for path in self.models.iterdir()} - {".glm-lock"}
 
@@ -134,7 +145,8 @@ def flip(content: bytes) -> bytes:
 
 
 def test_a_clean_download_holds_the_listed_files_and_nothing_else(node: Node) -> None:
-    assert "complete: 6 files" in node.ok()
+    assert f"complete: 6 files, {TOTAL / 1000:.1f} kB: {TOTAL / 1000:.1f} kB from the hub\n" in node.ok()
+    assert node.sources() == {"hub": TOTAL}
     content = node.content()
     marker = json.loads(content.pop(".glm-manifest.json"))
     assert content == model()
@@ -243,6 +255,29 @@ def test_a_byte_that_flips_once_is_healed(node: Node) -> None:
     (partial / SHARDS[0]).write_bytes(flip(model()[SHARDS[0]]))
     assert "downloading it once more" in node.ok()
     assert node.content()[SHARDS[0]] == model()[SHARDS[0]]
+    assert node.sources() == {"hub": TOTAL}
+
+
+def test_what_an_earlier_run_has_brought_is_told_apart(node: Node) -> None:
+    node.ok()
+    partial = node.models / f"{SECOND}.partial"
+    partial.mkdir()
+    (partial / SHARDS[0]).hardlink_to(node.models / REVISION / SHARDS[0])
+    (partial / SHARDS[1]).write_bytes(model()[SHARDS[1]])
+    node.ok(SECOND)
+    readme = len(b"# Second\n")
+    linked = TOTAL - len(model()["README.md"]) - len(model()[SHARDS[1]])
+    assert node.sources() == {
+        "an earlier revision": linked,
+        "an earlier run": len(model()[SHARDS[1]]),
+        "hub": readme,
+    }
+
+
+def test_started_by_hand_it_leaves_no_result(node: Node) -> None:
+    del node.environment["RUNTIME_DIRECTORY"]
+    node.ok()
+    assert not list(node.runtime.iterdir())
 
 
 def test_damage_at_rest_is_repaired_in_place(node: Node) -> None:
@@ -253,6 +288,7 @@ def test_damage_at_rest_is_repaired_in_place(node: Node) -> None:
     shard.chmod(0o644)
     shard.write_bytes(flip(model()[SHARDS[0]]))
     assert "6 files checked again, 1 replaced" in node.ok()
+    assert node.sources() == {"hub": 200_000}
     assert node.content()[SHARDS[0]] == model()[SHARDS[0]]
     assert (node.models / REVISION / SHARDS[1]).stat().st_ino == other
     assert sum(node.hub.downloads.values()) == 7
@@ -286,6 +322,7 @@ def test_damage_that_cannot_be_repaired_is_no_longer_complete(node: Node) -> Non
 def test_files_of_an_earlier_revision_are_linked(node: Node) -> None:
     node.ok()
     assert "earlier revision" in node.ok(SECOND)
+    assert node.sources() == {"an earlier revision": TOTAL - len(b"# GLM\n"), "hub": len(b"# Second\n")}
     assert node.hub.downloads["README.md"] == 2
     assert all(node.hub.downloads[shard] == 1 for shard in SHARDS)
     assert node.content(SECOND)["README.md"] == b"# Second\n"
@@ -298,6 +335,7 @@ def test_a_damaged_earlier_revision_is_no_seed(node: Node) -> None:
     (node.models / REVISION / SHARDS[0]).write_bytes(flip(model()[SHARDS[0]]))
     node.ok(SECOND)
     assert node.content(SECOND)[SHARDS[0]] == model()[SHARDS[0]]
+    assert node.sources()["hub"] == 200_000 + len(b"# Second\n")
     assert node.hub.downloads[SHARDS[0]] == 2
 
 
@@ -536,6 +574,7 @@ def test_of_two_nodes_one_fetches_and_the_other_waits_for_it(node: Node) -> None
     assert process.returncode == 0, err
     assert "waiting for node-2, which works in" in out
     assert "complete: 6 files, fetched and checked by node-2" in out
+    assert node.sources() == {}
     assert not node.docker_log.exists()
 
 
@@ -558,7 +597,8 @@ def test_files_are_copied_from_a_directory_of_the_user_and_checked(node: Node) -
     (source / shards[0]).write_bytes(flip(model()[shards[0]]))
     (source / "more/notes.txt").write_text("not of the model")
     said = node.ok(sources=[str(source)])
-    assert f"of it from {source}" in said
+    assert f"400.0 kB from {source}" in said
+    assert node.sources() == {"hub": TOTAL - 400_000, str(source): 400_000}
     assert f"{source} gave a wrong {shards[0]}" in said
     content = node.content()
     content.pop(".glm-manifest.json")
@@ -589,7 +629,9 @@ def test_sources_are_tried_in_their_order_and_the_hub_for_the_rest(node: Node) -
     mirror = f"{node.hub.endpoint}/{REPO}/resolve/{REVISION}"
     node.hub.faults[f"/resolve/{REVISION}/{SHARDS[1]}"] = (404, {}, 1)
     said = node.ok(sources=[str(first), "http://127.0.0.1:9/none", mirror])
-    assert f"of it from {first}" in said and f"of it from {mirror}" in said
+    assert f" kB from {first}" in said and f" kB from {mirror}" in said
+    rest = TOTAL - 400_000
+    assert node.sources() == {str(first): 200_000, mirror: rest, "hub": 200_000}
     fetched = {name for run in node.docker_runs() for name in run if name.endswith(".safetensors")}
     assert fetched == {SHARDS[1]}
     content = node.content()

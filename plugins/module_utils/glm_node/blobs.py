@@ -135,8 +135,7 @@ class Image:
                 if getattr(exc, "missing", False):
                     break
             else:
-                part.replace(self.partial / file.path)
-                job.delivered(file.path, REGISTRY)
+                job.deliver(part, self.partial / file.path, REGISTRY)
                 return
             if attempt + 1 == ATTEMPTS:
                 raise Incomplete(problem)

@@ -14,13 +14,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 from .shares import Plan
-from .systemd import Meter, human
-from .transfer import PeerOpener, Slow, Stopped, Unavailable, Wanted, Wrong, fetch
+from .systemd import Meter, called, origins
+from .transfer import PeerOpener, Slow, Stopped, Unavailable, Wanted, Wrong, digest, fetch
 
 OFFER = ".glm-offer"
 # Seconds after which a peer is asked again that had no room or did not answer.
@@ -32,7 +31,7 @@ LIES = 3
 HUB_PATIENCE = 4
 # Looks in a row without an answer after which one counts as gone.
 REFUSALS = 3
-HUB, PEERS = "the hub", "peers"
+HUB, PEERS = "hub", "peers"
 
 
 class Settings(NamedTuple):
@@ -297,7 +296,7 @@ class Exchange:
 
     def note(self) -> str:
         with self.changed:
-            shares = ", ".join(f"{human(count)} from {source}" for source, count in self.bytes.items())
+            shares = origins(self.bytes)
         return f"{len(self.files) - len(self.missing)} of {len(self.files)} files, {shares}"
 
     def publish(self) -> None:
@@ -334,9 +333,12 @@ class Exchange:
             self.publish()
             self.changed.notify_all()
 
-    def delivered(self, path: str, source: str) -> None:
-        """What brings files for the hub has hashed this one itself."""
-        self.right(next(place for place, file in enumerate(self.files) if file.path == path), source)
+    def deliver(self, scratch: Path, place: Path, source: str) -> None:
+        """What brings files for the hub has hashed this one itself: that is known before it is seen in its place."""
+        file = next(number for number, file in enumerate(self.files) if self.root / file.path == place)
+        with self.changed:
+            scratch.replace(place)
+            self.right(file, source)
 
     def check_arrivals(self, pool: concurrent.futures.Executor) -> None:
         """Hashes what was there at first, and what the hub's client has put into its place."""
@@ -350,15 +352,13 @@ class Exchange:
 
     def check(self, place: int) -> None:
         file, path = self.files[place], self.root / self.files[place].path
-        hasher = file.hasher()
-        for block in blocks(path, self.closed):
-            hasher.update(block)
+        hashed = digest(file, path, self.closed)
         came = place in self.from_hub
-        if hasher.hexdigest() == file.digest:
+        if hashed == file.digest:
             self.right(place, self.hub_name if came else "")
             return
-        whose = f"{self.hub_name} gave" if came else "found"
-        say(f"{file.path}: expected {file.algorithm} {file.digest}, {whose} {hasher.hexdigest()}")
+        whose = f"{called(self.hub_name)} gave" if came else "found"
+        say(f"{file.path}: expected {file.algorithm} {file.digest}, {whose} {hashed}")
         path.unlink()
         with self.changed:
             self.local.discard(place)
@@ -520,13 +520,3 @@ def size_of(path: Path) -> int | None:
         return path.lstat().st_size
     except OSError:
         return None
-
-
-def blocks(path: Path, stop: threading.Event) -> Iterator[bytes]:
-    """What is read is on the disk afterwards, not only in the page cache."""
-    with path.open("rb") as stream:
-        while block := stream.read(8 << 20):
-            if stop.is_set():
-                raise Stopped
-            yield block
-        os.fsync(stream.fileno())

@@ -8,10 +8,13 @@ import os
 import re
 import socket
 import time
+from collections.abc import Mapping
+from typing import Any
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 SIZE = rf"([\d.]+) ({'|'.join(UNITS)})"
 METER = re.compile(rf"{SIZE} of {SIZE}(?:, {SIZE}/s)?")
+ORIGIN = re.compile(rf"{SIZE} from (?:the (?=hub))?([^,]+)")
 
 
 def notify(message: str) -> bool:
@@ -47,14 +50,32 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def measured(text: str) -> dict[str, int]:
-    """What a Meter wrote, as it rounded it: `done` and `total` in bytes, `rate` in bytes/s; empty without one."""
+def origins(sizes: Mapping[str, int]) -> str:
+    """Bytes by where they came from."""
+    return ", ".join(f"{human(size)} from {called(source)}" for source, size in sizes.items())
+
+
+def called(source: str) -> str:
+    """A source in a sentence."""
+    return "the hub" if source == "hub" else source
+
+
+def measured(text: str) -> dict[str, Any]:
+    """What a Meter wrote, as it rounded it: `done` and `total` in bytes, `rate` in bytes/s; empty without one.
+
+    Where its note has origins() they are the `sources`.
+    """
     found = METER.search(text)
     if not found:
         return {}
     numbers = iter(found.groups())
-    sizes = [round(float(count) * 1000 ** UNITS.index(unit)) if count else 0 for count, unit in zip(numbers, numbers)]
-    return dict(zip(("done", "total", "rate"), sizes))
+    result: dict[str, Any] = dict(zip(("done", "total", "rate"), map(size_in, numbers, numbers)))
+    sources = {name: size_in(count, unit) for count, unit, name in ORIGIN.findall(text)}
+    return {**result, "sources": sources} if sources else result
+
+
+def size_in(count: str | None, unit: str | None) -> int:
+    return round(float(count) * 1000 ** UNITS.index(unit)) if count and unit else 0
 
 
 class Meter:

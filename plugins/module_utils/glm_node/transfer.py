@@ -125,6 +125,22 @@ class UrlOpener:
                 yield exc
 
 
+def digest(
+    wanted: Wanted, path: Path, stop: threading.Event, advance: Callable[[int], None] = lambda _count: None
+) -> str:
+    """The hash of a file that is there. What was read is on the disk afterwards, not only in the page cache."""
+    hasher = wanted.hasher()
+    buffer = memoryview(bytearray(BLOCK))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            if stop.is_set():
+                raise Stopped
+            hasher.update(buffer[:count])
+            advance(count)
+        os.fsync(stream.fileno())
+    return str(hasher.hexdigest())
+
+
 def fetch(
     wanted: Wanted,
     place: Path,
