@@ -1,0 +1,221 @@
+"""A new node is measured, and compared with the fleet."""
+
+from __future__ import annotations
+
+import copy
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.glm.fleet.plugins.filter.acceptance import acceptance_checks, accepted_results
+from loading import ROOT, load_file
+
+accept_node = load_file(ROOT / "roles/acceptance/files/accept-node", "accept_node")
+# Written by gpu-check on a real H200.
+H200 = json.loads((ROOT / "tests/fixtures/acceptance/h200.json").read_text())
+
+
+def node(**more: Any) -> dict[str, Any]:
+    """A good node of eight GPUs like that one."""
+    gpus = [{**H200["gpus"][0], "index": index} for index in range(8)]
+    return copy.deepcopy(
+        {
+            "gpus": {"gpus": gpus, "problems": [], "all_reduce": {"gpus": 8, "bus_gb_s": 480.0}},
+            "dcgm": {"failed": [], "passed": 40},
+            "disk": {"write_gb_s": 3.0, "read_gb_s": 6.0},
+            "network": {"download_gb_s": 1.0},
+            **more,
+        }
+    )
+
+
+def bad(result: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, str]:
+    checks = acceptance_checks(result, others, {"gpu_count": 8})
+    return {check["name"]: check["detail"] for check in checks if not check["ok"]}
+
+
+def test_a_node_like_the_others_is_accepted() -> None:
+    assert bad(node(), [node(), node(), node()]) == {}
+    # One H200 alone, as it was measured.
+    alone = {"gpus": H200, "dcgm": None, "disk": {"write_gb_s": 1, "read_gb_s": 1}, "network": {"download_gb_s": 1}}
+    assert [check for check in acceptance_checks(alone, [], {"gpu_count": 1}) if not check["ok"]] == []
+
+
+def test_a_slow_gpu_is_named_within_its_own_node() -> None:
+    slow = node()
+    slow["gpus"]["gpus"][3]["bf16_tflops"] *= 0.9
+    assert bad(slow, []) == {"bf16, TFLOP/s": "GPU 3 has 593.55, and the median of the node is 659.5"}
+
+
+def test_a_node_whose_gpus_are_all_slow_is_named_by_the_fleet() -> None:
+    slow = node()
+    for gpu in slow["gpus"]["gpus"]:
+        gpu["memory_gb_s"] = 3800
+    assert bad(slow, []) == {}
+    (detail,) = bad(slow, [node()]).values()
+    assert detail.startswith("GPU 0 has 3800, and the median of the fleet is 4260.4; GPU 1 has 3800")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name", "said"),
+    [
+        ({"disk": {"write_gb_s": 2.0, "read_gb_s": 6.0}}, "disk, write GB/s", "2, and the median of the fleet is 3"),
+        ({"network": {"download_gb_s": 0.4}}, "from the hub, GB/s", "0.4, and the median of the fleet is 1"),
+        ({"network": {"problem": "timed out"}}, "network", "timed out"),
+        ({"dcgm": {"failed": ["pcie on GPU 2: slow"], "passed": 39}}, "DCGM diagnostics", "pcie on GPU 2: slow"),
+        ({"gpus": {"problems": ["GPU 1 computes"]}}, "results", "GPU 1 computes"),
+    ],
+)
+def test_what_deviates_is_named(wrong: dict[str, Any], name: str, said: str) -> None:
+    assert bad(node(**wrong), [node(), node(), node()]) == {name: said}
+
+
+def test_slow_links_are_named() -> None:
+    slow = node()
+    slow["gpus"]["all_reduce"]["bus_gb_s"] = 400.0
+    assert bad(slow, [node()] * 3) == {"all-reduce, bus GB/s": "400, and the median of the fleet is 480"}
+    assert bad(slow, [node()] * 2) == {}  # two are no fleet
+    slow["gpus"]["all_reduce"] = {}
+    assert bad(slow, []) == {"all-reduce, bus GB/s": "nothing was measured"}
+
+
+def test_those_that_were_refused_are_no_measure(tmp_path: Path) -> None:
+    for name, ok in (("a", True), ("b", False), ("c", True)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"ok": ok, "result": {"of": name}}))
+    (tmp_path / "broken.json").write_text("{")
+    assert accepted_results(str(tmp_path), "c", {"c": {"of": "c"}, "d": {"of": "d"}, "e": {}}) == [
+        {"of": "d"},
+        {"of": "a"},
+    ]
+    assert accepted_results(str(tmp_path / "none"), "a", {}) == []
+
+
+# --- on the node ---------------------------------------------------------------------------------------------
+
+
+def test_the_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
+    try:
+        found = accept_node.disk({"directory": str(tmp_path), "disk_bytes": 32 << 20})
+    except OSError as problem:  # a file system without O_DIRECT
+        pytest.fail(str(problem))
+    assert found["write_gb_s"] > 0
+    assert found["read_gb_s"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_way_to_the_hub_is_measured() -> None:
+    size = 8 << 20
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            first = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+            self.send_response(206)
+            self.send_header("Content-Length", str(size - first))
+            self.end_headers()
+            self.wfile.write(bytes(size - first))
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/model"
+        found = accept_node.network({"url": url, "network_bytes": size, "network_seconds": 20})
+        server.shutdown()
+    assert found["download_gb_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("docker", "said"),
+    [
+        ('echo noise; echo \'{"gpus": [], "problems": []}\'', None),
+        ("echo 'docker: no such device' >&2; exit 125", "gpu-check ended with 125: docker: no such device"),
+        ("test $1 = rm || sleep 20", "no answer from the GPUs within 1 s"),
+    ],
+)
+def test_gpus_that_do_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, docker: str, said: str) -> None:
+    (tmp_path / "docker").write_text(f"#!/bin/sh\n{docker}\n")
+    (tmp_path / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    settings = {
+        "gpu_device": "nvidia.com/gpu=all",
+        "program": "/x",
+        "image": "i@sha256:0",
+        "gpu_count": 8,
+        "seconds": 3,
+        "gpu_timeout": 1,
+    }
+    found = accept_node.gpus(settings)
+    assert found["problems"] == ([said] if said else [])
+
+
+def test_dcgms_verdicts_are_read_of_old_and_new_releases() -> None:
+    old = {
+        "DCGM GPU Diagnostic": {
+            "test_categories": [
+                {"category": "Hardware", "tests": [
+                    {"name": "GPU Memory", "results": [
+                        {"gpu_ids": "0", "status": "Pass"},
+                        {"gpu_ids": "1", "status": "Fail", "warnings": ["bad cell"], "info": "at 0x1"},
+                    ]},
+                ]},
+            ]
+        }
+    }  # fmt: skip
+    new = {
+        "DCGM Diagnostic": {
+            "test_categories": [
+                {"category": "Integration", "tests": [
+                    {"name": "pcie", "results": [
+                        {"entity_id": 1, "status": "Fail", "warnings": [{"warning": "slow link", "error_id": 3}]},
+                        {"entity_id": 2, "status": "Skip"},
+                    ]},
+                ]},
+            ]
+        }
+    }  # fmt: skip
+    assert accept_node.verdicts(json.dumps(old)) == {
+        "failed": ["GPU Memory on GPU 1: bad cell; at 0x1"],
+        "passed": 1,
+    }
+    assert accept_node.verdicts(json.dumps(new)) == {"failed": ["pcie on GPU 1: slow link"], "passed": 0}
+    assert accept_node.verdicts("Error: no\n host engine") == {"failed": ["Error: no host engine"], "passed": 0}
+
+
+def test_what_was_measured_is_written_whatever_a_step_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {
+        "environment": {},
+        "result": str(tmp_path / "acceptance.json"),
+        "directory": str(tmp_path / "none"),
+        "disk_bytes": 1,
+        "url": "http://127.0.0.1:9/x",
+        "network_bytes": 8,
+        "network_seconds": 1,
+    }
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(accept_node.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(accept_node.sys, "argv", ["accept-node", str(tmp_path / "settings.json")])
+    monkeypatch.setattr(accept_node, "gpus", lambda _settings: H200)
+    monkeypatch.setattr(accept_node, "diagnostics", lambda _settings: None)
+    assert accept_node.main() == 0
+    written = json.loads((tmp_path / "acceptance.json").read_text())
+    assert "No such file" in written["disk"]["problem"]
+    assert "refused" in written["network"]["problem"]
+    assert set(written["seconds"]) == {"gpus", "dcgm", "disk", "network"}
+
+
+def test_gpu_check_says_what_is_missing() -> None:
+    """Without PyTorch it does not begin; its figures are of a real GPU."""
+    done = subprocess.run(
+        [sys.executable, "-I", ROOT / "roles/acceptance/files/gpu-check", "1", "1"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "No module named 'torch'" in done.stderr
+    assert (H200["problems"], len(H200["gpus"][0]["results"])) == ([], 2)
