@@ -224,6 +224,14 @@ def bench(nodes: tuple[str, ...], **common: Any) -> None:
     play("bench", "playbooks/benchmark.yml", nodes, after=tables.benchmarks, **common)
 
 
+@main.command(epilog="\b\nExample:\n  glm-fleet accept -i inventory/lambda node-9")
+@NODES
+@running
+def accept(nodes: tuple[str, ...], **common: Any) -> None:
+    """Measure nodes that do not serve, and compare them with the fleet (playbooks/accept.yml)."""
+    play("accept", "playbooks/accept.yml", nodes, **common)
+
+
 @main.command(
     epilog="\b\nExamples:\n  glm-fleet rollback -i inventory/lambda\n  glm-fleet rollback node-1 --release 0123456789ab"
 )

@@ -31,6 +31,17 @@ def test_a_bundle_is_made_from_the_rendered_release(site: Site, bundled: Run) ->
     assert max(path.stat().st_size for path in (site.bundle_dir / "blobs").glob("*/*")) < 2**32
 
 
+def test_a_node_whose_gpus_do_not_compute_is_not_taken_into_service(site: Site, served: Run) -> None:
+    """PyTorch itself sees no GPU here; disk and network are measured."""
+    run = site.play(playbook="playbooks/prepare.yml", seconds=900, glm_acceptance=True)
+    assert "the node is not as the others: results: PyTorch sees 0 of 8 GPUs" in run.line(f"{NODE}: ")
+    record = json.loads((INVENTORY.parents[2] / f"results/airgap/acceptance/{NODE}.json").read_text())
+    assert not record["ok"]
+    assert record["result"]["disk"]["read_gb_s"] > 0
+    assert record["result"]["network"]["download_gb_s"] > 0
+    assert not site.run(NODE, "ls -A /var/lib/glm/models", check=False).strip()
+
+
 def test_a_bare_node_serves_without_one_attempt_to_reach_anything_else(site: Site, deployed: Run) -> None:
     report = json.loads((INVENTORY.parents[2] / "results/airgap/report.json").read_text())
     assert report["nodes"][NODE]["ok"], report
