@@ -17,8 +17,9 @@ from ansible_collections.glm.fleet.plugins.filter.acceptance import acceptance_c
 from loading import ROOT, load_file
 
 accept_node = load_file(ROOT / "roles/acceptance/files/accept-node", "accept_node")
-# Written by gpu-check on a real H200.
-H200 = json.loads((ROOT / "tests/fixtures/acceptance/h200.json").read_text())
+# Written by gpu-check on the real H200s of two machines.
+FIXTURES = ROOT / "tests/fixtures/acceptance"
+H200, OTHER = (json.loads((FIXTURES / name).read_text()) for name in ("h200.json", "h200-other.json"))
 
 
 def node(**more: Any) -> dict[str, Any]:
@@ -45,6 +46,12 @@ def test_a_node_like_the_others_is_accepted() -> None:
     # One H200 alone, as it was measured.
     alone = {"gpus": H200, "dcgm": None, "disk": {"write_gb_s": 1, "read_gb_s": 1}, "network": {"download_gb_s": 1}}
     assert [check for check in acceptance_checks(alone, [], {"gpu_count": 1}) if not check["ok"]] == []
+
+
+def test_two_real_gpus_of_one_kind_pass_as_one_node() -> None:
+    gpus = [{**machine["gpus"][0], "index": index} for index, machine in enumerate((H200, OTHER, H200, OTHER))]
+    assert gpus[0]["results"] == gpus[1]["results"]
+    assert bad(node(gpus={"gpus": gpus, "problems": [], "all_reduce": {"bus_gb_s": 480.0}}), []) == {}
 
 
 def test_a_slow_gpu_is_named_within_its_own_node() -> None:
