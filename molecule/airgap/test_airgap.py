@@ -146,7 +146,7 @@ def test_settings_that_no_bundle_can_be_made_of(site: Site, tmp_path: Path) -> N
     run = site.bundle(glm_bundle_distributions=["ubuntu2404"])
     assert "glm_bundle_apt_sources has no ubuntu2404" in run.messages[0]
     run = site.bundle(glm_bundle_kernels=["1.2.3-none"], glm_bundle_dir=str(tmp_path / "other"))
-    assert "debian13: Unable to locate package linux-headers-1.2.3-none" in run.messages[0]
+    assert "glm_bundle_kernels: no source of glm_bundle_apt_sources has linux-headers-1.2.3-none" in run.messages[0]
     assert not list((tmp_path / "other").glob("blobs/*"))
 
 

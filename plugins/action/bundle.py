@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from ansible.plugins.action import ActionBase
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.exchange import as_wanted
@@ -29,6 +30,7 @@ SPEC = {
     "packages": {"type": "list", "elements": "dict", "required": True},
     "image": {"type": "dict", "required": True},
     "model": {"type": "dict", "required": True},
+    "revision": {"type": "str", "required": True},
     "hub": {"type": "str", "required": True},
     "hub_token": {"type": "str", "default": "", "no_log": True},
     "project": {"type": "path", "required": True},
@@ -61,15 +63,22 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             return {**result, "failed": True, "msg": line, "failure": failure("bundle", line, nothing_changed=True)}
         finally:
             bundle.stop.set()
-            signer.end()
+            bundle.end()
 
 
 def make(bundle: Bundle, args: Mapping[str, Any], *, check: bool) -> dict[str, Any]:
-    bundle.begin(args["base"])
+    project, key_file = Path(args["project"]), Path(args["key_file"])
+    check_project(bundle.directory, project)
+    bundle.begin(args["base"], key_file, check=check)
     for each in args["packages"]:
         repositories = [Repository(**repository) for repository in each["repositories"]]
         bundle.plan_packages(
             each["distribution"], repositories, each["names"], optional=each["optional"], pinning=each["pinning"]
+        )
+    unknown = sorted(name for each in args["packages"] for name in each["somewhere"] if not bundle.optional.get(name))
+    if unknown:
+        raise Problem(
+            f"glm_bundle_kernels: no source of glm_bundle_apt_sources has {', '.join(dict.fromkeys(unknown))}"
         )
     bundle.plan_files(image_wishes(args["image"]))
     bundle.plan_files(model_wishes(args["model"], args["hub"], args["hub_token"]))
@@ -77,15 +86,15 @@ def make(bundle: Bundle, args: Mapping[str, Any], *, check: bool) -> dict[str, A
     show(NAME, f"{human(bundle.needed())} to fetch into {bundle.directory}")
     if check:
         return {"changed": bundle.needed() > 0, "bundle": {"needed_bytes": bundle.needed()}}
+    add_project(bundle, project)
     bundle.fetch()
     bundle.add_repositories()
     for manifest in args["image"]["manifests"]:
         bundle.add(f"images/{manifest['digest'].replace(':', '/')}", manifest["content"].encode())
-    for path, answer in hub_answers(args["model"]):
+    for path, answer in hub_answers(args["model"], args["revision"]):
         bundle.add(path, json.dumps(answer).encode())
-    add_project(bundle, Path(args["project"]))
     made = bundle.finish(args["description"])
-    Path(args["key_file"]).write_bytes(bundle.public)
+    key_file.write_bytes(bundle.public)
     return {"changed": True, "bundle": {**made, "key_file": args["key_file"]}}
 
 
@@ -111,13 +120,11 @@ def model_wishes(manifest: Mapping[str, Any], hub: str, token: str) -> Iterator[
         yield Wish(f"{base}/{item['path']}", as_wanted(item), opener, item["path"])
 
 
-def hub_answers(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What hub_manifest asks for, as the hub answers it."""
+def hub_answers(manifest: Mapping[str, Any], revision: str) -> Iterator[tuple[str, Any]]:
+    """What hub_manifest asks for, as the hub answers it; `revision` is as the user names it."""
     base = f"api/models/{manifest['repo']}"
-    yield (
-        f"{base}/revision/{quote(manifest['revision'], safe='')}",
-        {"id": manifest["repo"], "sha": manifest["revision"]},
-    )
+    for name in dict.fromkeys((manifest["revision"], revision)):
+        yield f"{base}/revision/{name}", {"id": manifest["repo"], "sha": manifest["revision"]}
     yield (
         f"{base}/tree/{manifest['revision']}",
         [
@@ -131,6 +138,15 @@ def hub_answers(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             for item in manifest["files"]
         ],
     )
+
+
+def check_project(directory: Path, project: Path) -> None:
+    if not (project / "galaxy.yml").is_file():
+        raise Problem(f"{project} has no galaxy.yml: make the bundle from a clone of this project")
+    if importlib.util.find_spec("pip") is None:
+        raise Problem(f"{sys.executable} has no pip, which fetches the controller's packages: install it there")
+    if directory.resolve().is_relative_to(project.resolve()):
+        raise Problem(f"glm_bundle_dir: {directory} is within this project, which is in the bundle: set it elsewhere")
 
 
 def add_project(bundle: Bundle, project: Path) -> None:
@@ -151,4 +167,9 @@ def add_project(bundle: Bundle, project: Path) -> None:
             said = [line for line in done.stderr.splitlines() if line.strip()]
             raise Problem(f"{name} failed: {said[-1] if said else done.returncode}")
     for path in sorted(place.iterdir()):
+        if path.name.endswith(".tar.gz") and path.name.startswith("glm-fleet-"):
+            with tarfile.open(path) as packed:
+                secrets = [name for name in packed.getnames() if "keys" in Path(name).parts]
+            if secrets:
+                raise Problem(f"the collection would hold {secrets[0]}: see build_ignore of galaxy.yml")
         bundle.add_file(f"controller/{path.name}", path)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ansible_collections.glm.fleet.plugins.module_utils.apt_sources import lines_of, stanzas_of
 
 OLD_KEY = ("3bf863cc.pub", "EB693B3035CD5710E231E123A4B469963BF863CC")
 
@@ -24,7 +27,8 @@ DISTRIBUTIONS = {
     "debian12": Distribution("Debian", "bookworm"),
     "debian13": Distribution("Debian", "trixie", ("8793F200.pub", "02182E60104FCDC26EAE1B8597A5D4CB8793F200")),
 }
-SYSTEM = ("ca-certificates", "python3-debian", "haproxy", "nginx", "pigz")
+# python3-apt: Ansible's own module for packages wants it.
+SYSTEM = ("ca-certificates", "python3-apt", "python3-debian", "haproxy", "nginx", "pigz")
 DOCKER = ("docker-ce", "docker-ce-cli", "containerd.io")
 TOOLKIT = (
     "nvidia-container-toolkit",
@@ -54,24 +58,39 @@ def _packages(
         names += DOCKER
     else:
         names += ["docker.io"] + (["docker-cli"] if of.name == "Debian" else [])
+    if settings["acme"]:
+        names.append("certbot")
+    headers: list[str] = []
     optional: list[str] = []
     if settings["driver"]:
         pinned = [*package_set["driver"][of.name], *package_set["fabric"]]
         names += [pinning, *(f"{package}={version}*" for package in pinned), *package_set["unpinned"]]
         names += [package_set[part]["package"] for part in ("cuda_toolkit", "dcgm") if settings[part]]
-        names += [f"linux-headers-{kernel}" for kernel in settings["kernels"]]
-        optional = [f"linux-modules-extra-{kernel}" for kernel in settings["kernels"]]
+        # Of another distribution's kernel there are none.
+        headers = [f"linux-headers-{kernel}" for kernel in settings["kernels"]]
+        optional = headers + [f"linux-modules-extra-{kernel}" for kernel in settings["kernels"]]
     return {
         "distribution": name,
         "repositories": list(_repositories(name, of, settings)),
         "names": names,
         "optional": optional,
+        "somewhere": headers,
         "pinning": pinning,
     }
 
 
 def _repositories(name: str, of: Distribution, settings: Mapping[str, Any]) -> Iterable[dict[str, str]]:
-    """The last one takes the packages that no other has."""
+    """The last one takes the packages that no other has.
+
+    NVIDIA's CUDA repository has the toolkit's packages too: of two sources apt takes the first.
+    """
+    url = settings["toolkit_apt_url"].rstrip("/")
+    yield _repository(
+        f"{url}/amd64",
+        "apt/toolkit/stable/deb/amd64",
+        key_url=f"{url.removesuffix('/stable/deb')}/gpgkey",
+        key_path="apt/toolkit/gpgkey",
+    )
     if settings["driver"]:
         path = f"{name}/x86_64"
         uri = f"{settings['driver_apt_url']}/{path}"
@@ -88,13 +107,6 @@ def _repositories(name: str, of: Distribution, settings: Mapping[str, Any]) -> I
         yield _repository(
             uri, path, suite=of.codename, component="stable", key_url=f"{uri}/gpg", key_path=f"{path}/gpg"
         )
-    url = settings["toolkit_apt_url"].rstrip("/")
-    yield _repository(
-        f"{url}/amd64",
-        "apt/toolkit/stable/deb/amd64",
-        key_url=f"{url.removesuffix('/stable/deb')}/gpgkey",
-        key_path="apt/toolkit/gpgkey",
-    )
     source = Path(settings["apt_sources"][name]).read_text(encoding="utf-8")
     yield _repository("", f"apt/system/{name}", source=source, key_path=f"apt/system/{name}/key.asc")
 
@@ -108,7 +120,13 @@ def bundle_problems(
     directory: str, distributions: Iterable[str], apt_sources: Mapping[str, str], driver: Any, kernels: Iterable[str]
 ) -> list[str]:
     """What is wrong with the settings of a bundle, a line each."""
-    found = [] if directory else ["glm_bundle_dir is empty: set it to the directory for the bundle"]
+    found = []
+    if not Path(directory).is_absolute():
+        found.append(
+            f"glm_bundle_dir: {directory!r} is no absolute path: set it to the directory for the bundle"
+            if directory
+            else "glm_bundle_dir is empty: set it to the directory for the bundle"
+        )
     names = list(distributions)
     if not names:
         found.append("glm_bundle_distributions is empty: set it to those of the nodes and of the mirror's host")
@@ -122,12 +140,28 @@ def bundle_problems(
             )
         elif not Path(apt_sources[name]).is_file():
             found.append(f"glm_bundle_apt_sources: there is no file {apt_sources[name]}")
+        else:
+            found += _key_problems(apt_sources[name])
     if driver and not list(kernels):
         found.append(
             "glm_bundle_kernels is empty, and the driver's modules are built with the headers of the nodes' kernel: "
             "set it to what `uname -r` says there"
         )
     return found
+
+
+def _key_problems(path: str) -> Iterable[str]:
+    """Sources that apt could not check here, where the system's own keys are another distribution's."""
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    for values in stanzas_of(text) if re.search(r"(?im)^types:", text) else lines_of(text):
+        key = values.get("signed-by", "")
+        place = next((word for word in re.split(r"[\s,]+", key) if word.startswith("/")), "")
+        if "BEGIN PGP" not in key and (not place or not Path(place).is_file()):
+            said = f"{place} is not on this machine" if place else "it has no Signed-By"
+            yield (
+                f"glm_bundle_apt_sources: {path}: {values.get('uris', '')} {values.get('suites', '')}: {said}: bring "
+                "the keyring of that distribution, and name its path there"
+            )
 
 
 class FilterModule:

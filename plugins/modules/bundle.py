@@ -21,7 +21,8 @@ options:
   packages:
     description:
       - For each distribution C(distribution), C(repositories), C(names) (NAME or NAME=VERSION), C(optional) (taken
-        where there is one) and C(pinning), a package whose preferences hold from the start.
+        where there is one), C(somewhere) (those of them that one distribution has to have) and C(pinning),
+        a package whose preferences hold from the start.
       - A repository has C(uri), C(suite), C(component), C(key_url) and C(fingerprint), or C(source), the text of a
         source; C(path) and C(key_path) are where the mirror has it and its key. The last one takes what no other has.
     type: list
@@ -29,6 +30,7 @@ options:
     required: true
   image: {description: What image_digest returned., type: dict, required: true}
   model: {description: What hub_manifest returned., type: dict, required: true}
+  revision: {description: 'Its revision, as the user names it.', type: str, required: true}
   hub: {description: Address of the hub., type: str, required: true}
   hub_token: {description: Token for the hub., type: str, default: ""}
   project: {description: Directory of this collection., type: path, required: true}

@@ -73,20 +73,25 @@ def dearmored(key: str) -> bytes:
     return base64.b64decode(found.group(1))
 
 
-def check_signature(directory: Path, key: str) -> None:
+def check_signature(directory: Path, key: str) -> bytes:
+    """The manifest's text, as it was checked: the disk may be another user's."""
     program = next((name for name in ("sqv", "gpgv") if shutil.which(name)), "")
     if not program:
         raise Problem("neither sqv nor gpgv is on this host, of which apt needs one: is it Debian or Ubuntu?")
-    with tempfile.NamedTemporaryFile() as ring:
-        ring.write(dearmored(key))
-        ring.flush()
-        command = [program, "--keyring", ring.name, str(directory / SIGNATURE), str(directory / MANIFEST)]
+    text = (directory / MANIFEST).read_bytes()
+    with tempfile.TemporaryDirectory() as own:
+        ring, signature, copy = (Path(own) / name for name in ("ring", SIGNATURE, MANIFEST))
+        ring.write_bytes(dearmored(key))
+        signature.write_bytes((directory / SIGNATURE).read_bytes())
+        copy.write_bytes(text)
+        command = [program, "--keyring", str(ring), str(signature), str(copy)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         raise Problem(
             f"the signature of {directory / MANIFEST} is not by the key in glm_mirror_key_file: bring the bundle once "
             "more, and the key from where it was made"
         )
+    return text
 
 
 def read(directory: Path, key: str) -> tuple[dict[str, Any], str]:
@@ -97,8 +102,7 @@ def read(directory: Path, key: str) -> tuple[dict[str, Any], str]:
                 f"glm_bundle_dir: {directory / name} is not there: set it to the bundle's directory on this host, or "
                 "let playbooks/bundle.yml end first"
             )
-    check_signature(directory, key)
-    text = (directory / MANIFEST).read_bytes()
+    text = check_signature(directory, key)
     manifest = json.loads(text)
     if manifest.get("schema") != SCHEMA:
         raise Problem(f"{directory / MANIFEST} is of another version of this project: make the bundle with this one")

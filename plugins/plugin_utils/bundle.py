@@ -8,6 +8,8 @@ apt/                               apt's own files, for the next time
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import errno
 import hashlib
 import http.client
 import json
@@ -24,7 +26,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_json, write_whole
-from ansible_collections.glm.fleet.plugins.module_utils.glm_node.store import BLOCK, MANIFEST, SIGNATURE, Store
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.store import (
+    BLOCK,
+    MANIFEST,
+    SIGNATURE,
+    Store,
+    size_of,
+)
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.systemd import Meter, human
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.transfer import (
     Stopped,
@@ -75,12 +83,18 @@ class Signer:
 
     def __init__(self, home: Path) -> None:
         self.home = home
+        # The path of a socket there may have some hundred characters, not more.
+        self.short = Path(tempfile.mkdtemp(prefix="glm-gpg-"))
+        (self.short / "home").symlink_to(home.absolute())
+
+    def exists(self) -> bool:
+        return self.home.is_dir() and bool(self._gpg("--list-secret-keys", "--with-colons"))
 
     def prepare(self) -> bytes:
         """The public key."""
         if not self.home.is_dir():
             self.home.mkdir(mode=0o700, parents=True)
-        if not self._gpg("--list-secret-keys", "--with-colons"):
+        if not self.exists():
             self._gpg("--passphrase", "", "--quick-generate-key", IDENTITY, "ed25519", "sign", "never")
         return self._gpg("--armor", "--export")
 
@@ -92,10 +106,14 @@ class Signer:
 
     def end(self) -> None:
         """The agent would stay."""
-        subprocess.run(["gpgconf", "--homedir", self.home, "--kill", "all"], capture_output=True, check=False)
+        with contextlib.suppress(OSError):
+            subprocess.run(
+                ["gpgconf", "--homedir", self.short / "home", "--kill", "all"], capture_output=True, check=False
+            )
+        shutil.rmtree(self.short, ignore_errors=True)
 
     def _gpg(self, *arguments: str, text: bytes = b"") -> bytes:
-        command = ["gpg", "--homedir", str(self.home), "--batch", "--yes", "--quiet", *arguments]
+        command = ["gpg", "--homedir", str(self.short / "home"), "--batch", "--yes", "--quiet", *arguments]
         done = subprocess.run(command, input=text, capture_output=True, check=False)
         if done.returncode:
             said = " ".join(done.stderr.decode(errors="replace").split())
@@ -115,10 +133,13 @@ class Bundle:
         self.wishes: list[Wish] = []
         self.closures: list[tuple[apt_closure.Root, list[Repository], list[str], list[apt_closure.Package]]] = []
         self.elsewhere: set[str] = set()  # sha256 of what the site has already
+        self.optional: dict[str, bool] = {}  # of each optional package, whether a distribution has it
         self.stop = threading.Event()
         self.public = b""
+        # apt takes no blank in the path of a key.
+        self.scratch = Path(tempfile.mkdtemp(prefix="glm-bundle-"))
 
-    def begin(self, base: str) -> None:
+    def begin(self, base: str, key_file: Path | None = None, *, check: bool = False) -> None:
         missing = [tool for tool in TOOLS if not shutil.which(tool)]
         if missing:
             raise Problem(
@@ -129,9 +150,22 @@ class Bundle:
             if "files" not in known:
                 raise Problem(f"glm_bundle_base: {base} is no manifest of a bundle")
             self.elsewhere = {item["sha256"] for item in known["files"]}
+        if key_file and key_file.exists() and not self.signer.exists():
+            raise Problem(
+                f"{key_file} is there, and its secret key is not in {self.signer.home}: bring that directory from "
+                f"where the first bundle was made; or remove {key_file}, after which the site's controller needs the new one"
+            )
         self.directory.mkdir(parents=True, exist_ok=True)
         self.store.incoming.mkdir(exist_ok=True)
+        if check:
+            return
         self.public = self.signer.prepare()
+        if key_file and key_file.exists() and key_file.read_bytes() != self.public:
+            raise Problem(f"{key_file} is not of the key in {self.signer.home}: remove the wrong one")
+
+    def end(self) -> None:
+        self.signer.end()
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     # --- plans --------------------------------------------------------------------------------------------
 
@@ -139,8 +173,8 @@ class Bundle:
         self, distribution: str, repositories: list[Repository], names: list[str], *, optional: list[str], pinning: str
     ) -> None:
         root = apt_closure.Root(self.directory / "apt" / distribution, distribution, self.environment)
-        sources, keys = {}, self.directory / "apt" / f"{distribution}-keys"
-        keys.mkdir(parents=True, exist_ok=True)
+        sources, keys = {}, self.scratch / distribution
+        keys.mkdir()
         for number, repository in enumerate(repositories):
             text = repository.source
             if repository.key_url:
@@ -159,7 +193,9 @@ class Bundle:
             root.update()
             if pinning:
                 root.obey(pinning)
-            names = names + root.known(optional)
+            known = root.known(optional)
+            self.optional.update({name: self.optional.get(name, False) or name in known for name in optional})
+            names = names + known
             packages = root.closure(names)
         except apt_closure.Problem as problem:
             raise Problem(str(problem)) from None
@@ -176,18 +212,51 @@ class Bundle:
             for package in packages
             if not (root.archives / package.name).exists()
         )
-        return debs + sum(wish.wanted.size for wish in self._missing())
+        if not self._has_links():  # they lie with apt, and in the store
+            debs *= 2
+        here = self.store.incoming
+        return debs + sum(wish.wanted.size - (size_of(here / wish.wanted.digest) or 0) for wish in self._missing())
+
+    def _has_links(self) -> bool:
+        first, second = self.store.incoming / "link", self.store.incoming / "link.2"
+        first.touch()
+        try:
+            os.link(first, second)
+        except OSError:
+            return False
+        finally:
+            first.unlink()
+            second.unlink(missing_ok=True)
+        return True
 
     def insist_on_room(self) -> None:
-        needed, free = self.needed() + RESERVE, shutil.disk_usage(self.directory).free
+        """Also for what is whole and in parts at the same time: the last part of each transfer."""
+        missing = [wish.wanted.size for wish in self._missing()]
+        tails = sorted(size % self.store.part for size in missing if size > self.store.part)
+        needed = self.needed() + sum(tails[-TRANSFERS:]) + RESERVE
+        free = shutil.disk_usage(self.directory).free
         if needed > free:
             raise Problem(
                 f"glm_bundle_dir: {human(needed)} are needed in {self.directory}, and {human(free)} are free: "
                 "free some, or set it to a larger disk"
             )
+        probe = self.store.incoming / "probe"
+        try:
+            with probe.open("wb") as stream:
+                stream.truncate(max(missing, default=0))
+        except OSError as problem:
+            if problem.errno != errno.EFBIG:
+                raise
+            raise Problem(
+                f"glm_bundle_dir: the file system of {self.directory} takes no file of {human(max(missing))}: set it "
+                "to one of ext4, xfs or exFAT; what is made there can be copied to any"
+            ) from None
+        finally:
+            probe.unlink(missing_ok=True)
 
     def _missing(self) -> list[Wish]:
-        return [wish for wish in self.wishes if not self._known(wish)]
+        """Each content once."""
+        return list({wish.wanted.digest: wish for wish in self.wishes if not self._known(wish)}.values())
 
     def _known(self, wish: Wish) -> dict[str, Any] | None:
         """The entry of a file that was fetched before."""
@@ -293,15 +362,25 @@ class Bundle:
         self.files.append({"path": path, "sha256": sha256, "size": size})
 
     def add_repositories(self) -> None:
+        """Distributions may have a repository in common: its index has the packages of all."""
+        archives: dict[tuple[str, str, str], dict[str, Path]] = {}
+        known: dict[tuple[str, str, str], Repository] = {}
         for root, repositories, _names, packages in self.closures:
-            self.say(f"{root.distribution}: indexing {len(packages)} packages")
             for repository in repositories:
-                own = [package for package in packages if home_of(package, repositories) is repository]
-                self._add_repository(root, repository, own)
+                place = (repository.path, repository.suite, repository.component)
+                known[place] = repository
+                archives.setdefault(place, {}).update(
+                    {
+                        package.name: root.archives / package.name
+                        for package in packages
+                        if home_of(package, repositories) is repository
+                    }
+                )
+        for place, repository in known.items():
+            self.say(f"{repository.path}: indexing {len(archives[place])} packages")
+            self._add_repository(repository, archives[place])
 
-    def _add_repository(
-        self, root: apt_closure.Root, repository: Repository, packages: list[apt_closure.Package]
-    ) -> None:
+    def _add_repository(self, repository: Repository, archives: Mapping[str, Path]) -> None:
         flat = repository.suite == "/"
         with tempfile.TemporaryDirectory(dir=self.store.incoming) as scratch:
             top = Path(scratch)
@@ -309,8 +388,8 @@ class Bundle:
             index = top if flat else top / "dists" / repository.suite / repository.component / "binary-amd64"
             for directory in (pool, index):
                 directory.mkdir(parents=True, exist_ok=True)
-            for package in packages:
-                link_or_copy(root.archives / package.name, pool / package.name)
+            for name, archive in archives.items():
+                link_or_copy(archive, pool / name)
             (index / "Packages").write_bytes(ftparchive(["packages", "." if flat else "pool"], top))
             for path in sorted(pool.glob("*.deb")):
                 self.add_file(f"{repository.path}/{path.relative_to(top)}", path)
@@ -344,6 +423,9 @@ class Bundle:
         write_whole(self.directory / MANIFEST, text)
         write_whole(self.directory / SIGNATURE, self.signer.detached(text.encode()).decode())
         removed = self.store.prune(files)
+        for path in self.store.incoming.iterdir():
+            if path.suffix != ".sha256":  # the notes on what the hub hashes by git
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         return {
             "id": manifest["id"],
             "files": len(files),

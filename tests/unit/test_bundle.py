@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ from loading import ROOT, load_file
 mirror_import = load_file(ROOT / "roles/site_mirror/files/mirror-import", "mirror_import")
 DRIVER = yaml.safe_load((ROOT / "drivers/570.yml").read_text())
 SETTINGS = {
+    "acme": False,
     "apt_sources": {},
     "kernels": ["6.8.0-60-generic"],
     "driver": True,
@@ -73,8 +75,8 @@ def test_the_driver_and_its_headers_are_pinned_as_on_a_node(tmp_path: Path) -> N
     made = packages(tmp_path)
     assert made["pinning"] == f"nvidia-driver-pinning-{DRIVER['version']}"
     assert f"nvidia-open-570={DRIVER['version']}*" in made["names"]
-    assert "linux-headers-6.8.0-60-generic" in made["names"]
-    assert made["optional"] == ["linux-modules-extra-6.8.0-60-generic"]
+    assert made["somewhere"] == ["linux-headers-6.8.0-60-generic"]
+    assert made["optional"] == ["linux-headers-6.8.0-60-generic", "linux-modules-extra-6.8.0-60-generic"]
     assert DRIVER["cuda_toolkit"]["package"] in made["names"]
     assert DRIVER["dcgm"]["package"] not in made["names"]
 
@@ -91,15 +93,14 @@ def test_the_repositories_have_the_paths_that_the_nodes_are_given(tmp_path: Path
     for part in ("/apt/nvidia", "/apt/docker", "/apt/toolkit/stable/deb"):
         assert f"glm_mirror_url ~ '{part}'" in defaults
     made = packages(tmp_path, "debian13")["repositories"]
-    assert [each["path"] for each in made] == [
-        "apt/nvidia/debian13/x86_64",
-        "apt/docker/debian",
-        "apt/toolkit/stable/deb/amd64",
-        "apt/system/debian13",
-    ]
-    assert made[0]["key_path"] == "apt/nvidia/debian13/x86_64/8793F200.pub"
-    assert made[1]["key_path"] == "apt/docker/debian/gpg"
-    assert made[2]["key_path"] == "apt/toolkit/gpgkey"
+    assert {each["path"]: each["key_path"] for each in made} == {
+        "apt/toolkit/stable/deb/amd64": "apt/toolkit/gpgkey",
+        "apt/nvidia/debian13/x86_64": "apt/nvidia/debian13/x86_64/8793F200.pub",
+        "apt/docker/debian": "apt/docker/debian/gpg",
+        "apt/system/debian13": "apt/system/debian13/key.asc",
+    }
+    # NVIDIA's CUDA repository has the toolkit too, and of two sources apt takes the first.
+    assert made[0]["path"].startswith("apt/toolkit")
     assert "/apt/system/{{ egress_distribution }}/" in (ROOT / "templates/glm-mirror.sources.j2").read_text()
 
 
@@ -126,19 +127,40 @@ def test_what_the_roles_install_is_in_the_bundle(tmp_path: Path) -> None:
         ({"apt_sources": {}}, "glm_bundle_apt_sources has no ubuntu2404: set it to a file"),
         ({"apt_sources": {"ubuntu2404": "/nowhere"}}, "there is no file /nowhere"),
         ({"kernels": []}, "glm_bundle_kernels is empty"),
+        ({"directory": "bundle"}, "glm_bundle_dir: 'bundle' is no absolute path"),
     ],
 )
-def test_settings_that_no_bundle_can_be_made_of(wrong: dict[str, Any], said: str) -> None:
+def test_settings_that_no_bundle_can_be_made_of(tmp_path: Path, wrong: dict[str, Any], said: str) -> None:
+    sources = tmp_path / "sources.list"
+    sources.write_text(f"deb [signed-by={sources}] http://archive.test noble main\n")
     right: dict[str, Any] = {
         "directory": "/b",
         "distributions": ["ubuntu2404"],
-        "apt_sources": {"ubuntu2404": __file__},
+        "apt_sources": {"ubuntu2404": str(sources)},
         "driver": True,
         "kernels": ["6.8"],
     }
     assert settings.bundle_problems(**right) == []
     (line,) = settings.bundle_problems(**{**right, **wrong})
     assert said in line
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("deb http://archive.test noble main", "http://archive.test noble: it has no Signed-By: bring the keyring"),
+        ("deb [signed-by=/no/ring.gpg] http://archive.test noble main", "/no/ring.gpg is not on this machine"),
+        ("Types: deb\nURIs: http://archive.test\nSuites: noble\nSigned-By: /no/ring.gpg", "/no/ring.gpg is not on"),
+        ("Types: deb\nURIs: http://a.test\nSuites: x\nSigned-By:\n -----BEGIN PGP PUBLIC KEY BLOCK-----\n .", ""),
+    ],
+)
+def test_a_source_whose_key_is_not_here_is_named(tmp_path: Path, text: str, said: str) -> None:
+    """The system's own keys are of another distribution."""
+    path = tmp_path / "sources"
+    path.write_text(text + "\n")
+    found = settings.bundle_problems("/b", ["ubuntu2404"], {"ubuntu2404": str(path)}, driver=False, kernels=[])
+    assert len(found) == bool(said)
+    assert said in "".join(found)
 
 
 # --- apt -----------------------------------------------------------------------------------------------------
@@ -391,6 +413,122 @@ def test_apt_takes_what_the_bundle_indexes(tmp_path: Path, signer: Signer) -> No
         reader.closure(["absent"])
 
 
+def test_what_was_downloaded_before_is_in_the_next_bundle_too(tmp_path: Path) -> None:
+    """apt leaves out of its plan what lies in its cache."""
+    site = tmp_path / "site"
+    site.mkdir()
+    for name, depends in (("one", "two"), ("two", "")):
+        tree = tmp_path / name
+        (tree / "DEBIAN").mkdir(parents=True)
+        (tree / "DEBIAN/control").write_text(
+            f"Package: {name}\nVersion: 1\nArchitecture: amd64\nMaintainer: x <x@localhost>\nDescription: x\n"
+            + (f"Depends: {depends}\n" if depends else "")
+        )
+        subprocess.run(["dpkg-deb", "--build", tree, site / f"{name}_1_amd64.deb"], check=True, capture_output=True)
+    with (site / "Packages").open("wb") as index:
+        subprocess.run(["apt-ftparchive", "packages", "."], cwd=site, stdout=index, check=True)
+    root = apt_closure.Root(tmp_path / "apt with a blank", "debian13", {})
+    root.prepare({"x.list": f"deb [trusted=yes] file:{site} ./\n"})
+    root.update()
+    first = root.closure(["one"])
+    assert {package.name for package in first} == {"one_1_amd64.deb", "two_1_amd64.deb"}
+    for package in first:
+        shutil.copy(site / package.name, root.archives)
+    assert root.closure(["one"]) == first
+    assert root.known(["two", "three"]) == ["two"]
+
+
+def test_one_content_under_two_names_is_fetched_once(tmp_path: Path, signer: Signer) -> None:
+    _, made = make(tmp_path, signer, {"a": b"same", "b": b"same"})
+    assert made["files"] == 2
+    assert len(list((tmp_path / "bundle/blobs").glob("*/*"))) == 1
+
+
+def test_what_lies_half_fetched_is_not_needed_again(tmp_path: Path, signer: Signer) -> None:
+    bundle, _ = make(tmp_path, signer, {})
+    (tmp_path / "source/x").write_bytes(b"x" * 900)
+    wanted = wish(tmp_path / "source", "files/x", "x")
+    (bundle.store.incoming / wanted.wanted.digest).write_bytes(b"x" * 899)
+    bundle.plan_files([wanted])
+    assert bundle.needed() == 1
+
+
+def test_another_key_is_not_made_in_place_of_one_that_a_site_knows(tmp_path: Path, signer: Signer) -> None:
+    key = tmp_path / "mirror.asc"
+    key.write_text("of another directory")
+    lost = Signer(tmp_path / "gnupg")
+    try:
+        bundle = Bundle(tmp_path / "bundle", lost, lambda _text: None, {})
+        with pytest.raises(Problem, match="and its secret key is not in"):
+            bundle.begin("", key)
+        assert not lost.home.exists()
+        bundle.begin("", None, check=True)
+        assert not lost.home.exists()
+    finally:
+        lost.end()
+    other = Bundle(tmp_path / "bundle", signer, lambda _text: None, {})
+    with pytest.raises(Problem, match="is not of the key in"):
+        other.begin("", key)
+
+
+def test_distributions_share_a_repository(tmp_path: Path, signer: Signer) -> None:
+    """The toolkit's is one for all: its index has what each of them takes."""
+    bundle, _ = make(tmp_path, signer, {})
+    shared = Repository("http://t.test", "apt/toolkit", "/", "", "apt/toolkit/gpgkey", "", "", "")
+    for name in ("debian13", "ubuntu2404"):
+        root = apt_closure.Root(tmp_path / name, name, {})
+        root.prepare({})
+        tree = tmp_path / f"tree-{name}"
+        (tree / "DEBIAN").mkdir(parents=True)
+        (tree / "DEBIAN/control").write_text(
+            f"Package: for-{name}\nVersion: 1\nArchitecture: amd64\nMaintainer: x <x@localhost>\nDescription: x\n"
+        )
+        archive = root.archives / f"for-{name}_1_amd64.deb"
+        subprocess.run(["dpkg-deb", "--build", tree, archive], check=True, capture_output=True)
+        package = apt_closure.Package(f"http://t.test/{archive.name}", archive.name, archive.stat().st_size)
+        bundle.closures.append((root, [shared], [], [package]))
+    bundle.add_repositories()
+    (index,) = [item for item in bundle.files if item["path"] == "apt/toolkit/Packages"]
+    text = b"".join(bundle.store.read(index["sha256"], index["size"])).decode()
+    assert "Package: for-debian13" in text
+    assert "Package: for-ubuntu2404" in text
+
+
+def test_no_key_of_an_inventory_is_in_the_collection(tmp_path: Path) -> None:
+    """It goes to the site, and to whoever installs the collection."""
+    project = tmp_path / "project"
+    (project / "inventory/site/keys/mirror-gnupg").mkdir(parents=True)
+    shutil.copy(ROOT / "galaxy.yml", project)
+    (project / "README.md").write_text("x")
+    (project / "LICENSE").write_text("x")
+    for name in ("hosts.yml", "keys/api-keys.txt", "keys/mirror-gnupg/secret.key"):
+        (project / "inventory/site" / name).write_text("secret")
+    command = [
+        sys.executable,
+        "-m",
+        "ansible",
+        "galaxy",
+        "collection",
+        "build",
+        "--output-path",
+        str(tmp_path),
+        str(project),
+    ]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(tmp_path / "glm-fleet-0.1.0.tar.gz") as packed:
+        names = packed.getnames()
+    assert "inventory/site/hosts.yml" in names
+    assert not [name for name in names if "keys" in name]
+
+
+def test_a_project_that_no_bundle_can_be_made_of(tmp_path: Path) -> None:
+    with pytest.raises(Problem, match=r"has no galaxy.yml: make the bundle from a clone"):
+        action.check_project(tmp_path / "bundle", tmp_path)
+    with pytest.raises(Problem, match="is within this project, which is in the bundle"):
+        action.check_project(ROOT / "bundle", ROOT)
+
+
 # --- what the mirror serves, and to whom ---------------------------------------------------------------------
 
 
@@ -400,8 +538,9 @@ def test_the_hubs_answers_give_the_manifest_that_they_were_made_of() -> None:
         {"path": "config.json", "size": 2, "sha256": None, "git_sha1": "b" * 40},
     ]
     manifest = {"repo": "a/b", "revision": "1" * 40, "files": sorted(files, key=lambda item: str(item["path"]))}
-    answers = dict(action.hub_answers(manifest))
+    answers = dict(action.hub_answers(manifest, "main"))
     assert answers[f"api/models/a/b/revision/{'1' * 40}"]["sha"] == "1" * 40
+    assert answers["api/models/a/b/revision/main"]["sha"] == "1" * 40
     built = hub_manifest.build_manifest("a/b", "1" * 40, answers[f"api/models/a/b/tree/{'1' * 40}"])
     assert built["files"] == manifest["files"]
 
