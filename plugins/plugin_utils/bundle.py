@@ -153,7 +153,7 @@ class Bundle:
         if key_file and key_file.exists() and not self.signer.exists():
             raise Problem(
                 f"{key_file} is there, and its secret key is not in {self.signer.home}: bring that directory from "
-                f"where the first bundle was made; or remove {key_file}, after which the site's controller needs the new one"
+                f"where the first bundle was made; or remove {key_file}, and bring the site's controller the new one"
             )
         self.directory.mkdir(parents=True, exist_ok=True)
         self.store.incoming.mkdir(exist_ok=True)
