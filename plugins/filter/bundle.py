@@ -24,7 +24,7 @@ DISTRIBUTIONS = {
     "debian12": Distribution("Debian", "bookworm"),
     "debian13": Distribution("Debian", "trixie", ("8793F200.pub", "02182E60104FCDC26EAE1B8597A5D4CB8793F200")),
 }
-SYSTEM = ("ca-certificates", "python3-debian", "haproxy", "nginx", "pigz")
+SYSTEM = ("ca-certificates", "python3-debian", "haproxy", "nginx", "pigz", "prometheus-node-exporter")
 DOCKER = ("docker-ce", "docker-ce-cli", "containerd.io")
 TOOLKIT = (
     "nvidia-container-toolkit",

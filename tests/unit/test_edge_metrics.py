@@ -32,6 +32,7 @@ from test_haproxy_template import (
 
 __all__ = ["edge", "start"]  # fixtures
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
+DIGEST = hashlib.sha256(TOKEN.encode()).hexdigest()
 NODE_EXPORTER = "/usr/bin/prometheus-node-exporter"
 
 
@@ -94,42 +95,30 @@ def test_metrics_are_read_with_the_token(start: Callable[..., Edge], exporter: E
 
 
 @pytest.mark.parametrize(
-    ("path", "headers", "method", "status", "said"),
+    ("asked", "status", "said"),
     [
-        ("/engine", {}, "GET", 401, "Missing or wrong token"),
-        ("/engine", {"Authorization": "Bearer " + "x" * 43}, "GET", 401, "Missing or wrong token"),
-        ("/engine", {"Authorization": f"Basic {TOKEN}"}, "GET", 401, "Missing or wrong token"),
-        ("/engine", {"x-api-key": KEY}, "GET", 401, "Missing or wrong token"),
-        ("/engine", {"Authorization": f"Bearer {KEY}"}, "GET", 401, "Missing or wrong token"),
-        (
-            "/engine",
-            {"Authorization": f"Bearer {hashlib.sha256(TOKEN.encode()).hexdigest()}"},
-            "GET",
-            401,
-            "Missing or wrong token",
-        ),
-        ("/nothing", {}, "GET", 401, "Missing or wrong token"),
-        ("/engine", BEARER, "POST", 405, "read with GET"),
-        ("/haproxy", BEARER, "DELETE", 405, "read with GET"),
-        ("/metrics", BEARER, "GET", 404, "Metrics are at /haproxy, /engine."),
-        ("/engine/", BEARER, "GET", 404, "Metrics are at"),
-        ("/engine/../v1/models", BEARER, "GET", 404, "Metrics are at"),
-        ("/v1/models", BEARER, "GET", 404, "Metrics are at"),
-        ("/gpu", BEARER, "GET", 404, "Metrics are at"),
+        (("/engine", {}, "GET"), 401, "Missing or wrong token"),
+        (("/engine", {"Authorization": "Bearer " + "x" * 43}, "GET"), 401, "Missing or wrong token"),
+        (("/engine", {"Authorization": f"Basic {TOKEN}"}, "GET"), 401, "Missing or wrong token"),
+        (("/engine", {"x-api-key": KEY}, "GET"), 401, "Missing or wrong token"),
+        (("/engine", {"Authorization": f"Bearer {KEY}"}, "GET"), 401, "Missing or wrong token"),
+        (("/engine", {"Authorization": f"Bearer {DIGEST}"}, "GET"), 401, "Missing or wrong token"),
+        (("/nothing", {}, "GET"), 401, "Missing or wrong token"),
+        (("/engine", BEARER, "POST"), 405, "read with GET"),
+        (("/haproxy", BEARER, "DELETE"), 405, "read with GET"),
+        (("/metrics", BEARER, "GET"), 404, "Metrics are at /haproxy, /engine."),
+        (("/engine/", BEARER, "GET"), 404, "Metrics are at"),
+        (("/engine/../v1/models", BEARER, "GET"), 404, "Metrics are at"),
+        (("/v1/models", BEARER, "GET"), 404, "Metrics are at"),
+        (("/gpu", BEARER, "GET"), 404, "Metrics are at"),
     ],
 )
 def test_what_is_refused(
-    start: Callable[..., Edge],
-    exporter: Exporter,
-    path: str,
-    headers: dict[str, str],
-    method: str,
-    status: int,
-    said: str,
+    start: Callable[..., Edge], exporter: Exporter, asked: tuple[str, dict[str, str], str], status: int, said: str
 ) -> None:
     port = free_port()
     start(**offered(port, exporter.server_port))
-    seen = ask(port, path, headers, method)
+    seen = ask(port, *asked)
     assert seen[0] == status and said in seen[1]
     assert exporter.asked == []
     if status == 401:
