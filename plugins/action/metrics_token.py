@@ -43,7 +43,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if not there and ephemeral:
             raise Refused(
                 f"{path} does not exist, and a token made here would be lost with this job: give the job a file by a "
-                "credential, and set glm_metrics_token_file to it"
+                "credential (docs/awx.md)"
             )
         token = self._read(path) if there else secrets.token_urlsafe(32)
         if not there and not self._task.check_mode:
