@@ -178,7 +178,8 @@ def test_scrapes_take_no_connection_of_clients(start: Callable[..., Edge], expor
     held = [socket.create_connection(("127.0.0.1", port), 5) for _ in range(60)]
     wait_until(lambda: current(edge) >= 32, "HAProxy to take its share")
     assert edge.ask("/v1/models", {"x-api-key": KEY})[0] == 200
-    assert current(edge) <= 32
+    # They are closed after 5 s without a request, and others take their place.
+    assert max(current(edge) for _ in range(50)) == 32
     for connection in held:
         connection.close()
 
