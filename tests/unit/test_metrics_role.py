@@ -45,6 +45,7 @@ def test_the_exporter_listens_on_loopback_alone(tmp_path: Path) -> None:
     file.write_text(own.read_text() + drop_in)
     done = subprocess.run(["systemd-analyze", "verify", file], capture_output=True, text=True, check=False)
     assert "prometheus-node-exporter" not in done.stderr, done.stderr
+    assert exposure(file) <= MOST
 
 
 # --- dcgm-exporter

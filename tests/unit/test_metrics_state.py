@@ -188,6 +188,12 @@ def test_every_metric_has_its_help_and_type(node: Path) -> None:
         assert text.count(f"# TYPE {name} {kind}\n") == 1 and text.count(f"# HELP {name} ") == 1
 
 
+def test_the_recorded_metrics_are_those_that_it_writes() -> None:
+    """Rules and dashboards go by what was recorded."""
+    recorded = {name for name, *_ in series((ROOT / "tests/fixtures/metrics/glm.prom").read_text())}
+    assert {name for name in recorded if not name.startswith("glm_account_")} == set(STATE.HELP)
+
+
 def test_it_takes_a_hundredth_of_a_core_at_most(node: Path) -> None:
     """Every 15 s, as the timer says, beside an engine whose cores are its own."""
     (interval,) = [
