@@ -111,6 +111,14 @@ def is_ip(address: str) -> bool:
     return True
 
 
+def is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        return False
+    return True
+
+
 def gateway_problems(gateways: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line for each mistake that keeps several gateways from telling each other where sessions are."""
 
@@ -138,6 +146,46 @@ def share_problems(nodes: Sequence[str], hostvars: Mapping[str, Mapping[str, Any
         for edge in edges
         if not is_ip(str(edge["address"]))
     ]
+
+
+def metrics_problems(
+    settings: Mapping[str, Any], monitoring: Iterable[Mapping[str, Any]], taken: Mapping[str, int]
+) -> list[str]:
+    """One line for each mistake that keeps metrics from being read, or lets more than they do.
+
+    settings: the host's, without their prefix glm_; monitoring: the edges of who reads; taken: ports, by what they are.
+    """
+    image = str(settings["dcgm_exporter_image"])
+    found = []
+    if image and not re.search(r"@sha256:[0-9a-f]{64}$", image):
+        found.append(
+            f"glm_dcgm_exporter_image: {image} names no digest, and what it names may become another image: write "
+            "NAME@sha256:DIGEST"
+        )
+    if not settings["metrics"]:
+        return found
+    port = int(settings["metrics_port"])
+    found += [
+        f"glm_metrics_port: {port} is {what} too: set it to another port"
+        for what, other in taken.items()
+        if other == port
+    ]
+    found += [
+        f"glm_metrics_sources: {source} is no IP address and no network: write such as 10.0.0.5 or 10.0.0.0/24"
+        for source in settings["metrics_sources"]
+        if not is_network(str(source))
+    ]
+    found += [
+        f"inventory: the hosts let {host['name']} read metrics by its address, and {host['address']} is a name: set "
+        "glm_node_address for it, to the IP address from which they see it"
+        for host in monitoring
+        if not is_ip(str(host["address"]))
+    ]
+    if not [*settings["metrics_sources"], *monitoring]:
+        found.append(
+            "glm_metrics: nobody may read them: set glm_metrics_sources, or add the group monitoring to the inventory"
+        )
+    return found
 
 
 def differing_settings(
@@ -183,6 +231,7 @@ class FilterModule:
             "duplicate_addresses": duplicate_addresses,
             "gateway_problems": gateway_problems,
             "share_problems": share_problems,
+            "metrics_problems": metrics_problems,
             "differing_settings": differing_settings,
             "results_problems": results_problems,
             "inventory_directory": inventory_directory,

@@ -433,6 +433,12 @@ def edge_port(c: Context) -> Iterator[Finding]:
 
 
 @refusal
+def metrics_port(c: Context) -> Iterator[Finding]:
+    ours = c.node["ports"].get(str(c.wanted["metrics_port"]), {}).get("unit") == "haproxy.service"
+    yield from port_in_use(c, c.wanted["metrics_port"], "metrics", "glm_metrics_port", ours)
+
+
+@refusal
 def engine_port(c: Context) -> Iterator[Finding]:
     seen = c.node["ports"].get(str(c.wanted["engine_port"]), {})
     ours = seen.get("container") in c.wanted["own_containers"]

@@ -75,6 +75,19 @@ DEFAULTS: dict[str, Any] = {
     "__gateway_counts": False,
     "__gateway_lua_digest": "0" * 64,
     "__gateway_log": VARS["__gateway_log_request"],
+    "gateway_metrics": False,
+    "gateway_metrics_port": 8005,
+    "gateway_metrics_sources": [],
+    "gateway_metrics_targets": {},
+    "__gateway_metrics_connections": VARS["__gateway_metrics_connections"],
+    "__gateway_metrics_ipv6": False,
+}
+TOKEN = "t" * 43
+METRICS: dict[str, Any] = {
+    "gateway_metrics": True,
+    "gateway_metrics_sources": ["198.51.100.9"],
+    "__gateway_metrics_digest": hashlib.sha256(TOKEN.encode()).hexdigest(),
+    "gateway_metrics_targets": {"node": 9100, "engine": 8001},
 }
 THREE = [{"name": f"node{number}", "address": f"127.0.0.{number}", "port": 8001} for number in (1, 2, 3)]
 PEERS = [{"name": "gw-2", "address": "10.0.0.2"}]
@@ -107,6 +120,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without limits": {"gateway_source_connections": 0, "gateway_max_requests": 0},
     "for browsers": {"gateway_cors_origins": ["https://chat.example", "http://localhost:3000"]},
     "one address": {"gateway_bind_address": "127.0.0.1"},
+    "with metrics": METRICS,
+    "with metrics of several gateways": {
+        **METRICS,
+        "gateway_servers": THREE,
+        "gateway_edges": True,
+        "gateway_peers": PEERS,
+        "gateway_metrics_sources": ["2001:db8::/64", "198.51.100.9"],
+        "__gateway_metrics_ipv6": True,
+        "gateway_metrics_targets": {"node": 9100},
+    },
     "all at once": {
         "gateway_auth": "none",
         "gateway_tls_certificate_file": "x",

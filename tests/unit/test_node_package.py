@@ -21,6 +21,7 @@ PROGRAMS = {
     "inference_service/files/engine-launch": "engine-launch RELEASE",
     "inference_service/files/engine-wait": "engine-wait RELEASE",
     "inference_service/files/engine-watchdog": "engine-watchdog RELEASE",
+    "metrics/files/metrics-state": "metrics-state RELEASE",
     "model_weights/files/weights-fetch": "/etc/glm/weights.json cannot be used",
     "site_mirror/files/mirror-import": "/etc/glm/mirror.json cannot be used",
     "nvidia_driver/files/apt-progress": "not enough values to unpack",

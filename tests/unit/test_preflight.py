@@ -283,6 +283,17 @@ def edge_taken(world: World) -> None:
     world.node["ports"]["8000"].update(listening=True, process="nginx", pid=7, unit="nginx.service")
 
 
+def metrics_taken(world: World) -> None:
+    world.wanted["metrics_port"] = 8005
+    world.node["ports"]["8005"] = {
+        "listening": True,
+        "process": "grafana",
+        "pid": 7,
+        "unit": "g.service",
+        "container": None,
+    }
+
+
 def engine_taken(world: World) -> None:
     world.node["ports"]["8001"].update(listening=True, process="python3", pid=9, unit="session-1.scope")
 
@@ -463,6 +474,7 @@ FAULTS: list[tuple[Callable[[World], None], str, list[str]]] = [
     (unsynchronized, "clock", ["NTPSynchronized=no", "timedatectl set-ntp true"]),
     (wrong_clock, "clock", ["found -300 s", "at most 10 s", "timedatectl"]),
     (edge_taken, "edge_port", ["port 8000", "nginx (pid 7, nginx.service)", "glm_port"]),
+    (metrics_taken, "metrics_port", ["port 8005", "grafana (pid 7, g.service)", "glm_metrics_port"]),
     (engine_taken, "engine_port", ["port 8001", "python3 (pid 9", "glm_engine_port"]),
     (agent_taken, "agent_port", ["port 8002", "tritonserver (pid 9", "glm_engine_port, which is one less"]),
     (no_registry, "registry", ["registry-1.docker.io", "Connection refused", "glm_registry_mirror"]),

@@ -27,6 +27,8 @@ VALUES: dict[str, Any] = {
     "glm_engine_extra_args": {"--max-num-seqs": 8},
     "glm_engine_extra_env": {"NAME": "value"},
     "glm_container_ulimits": {"nofile": 1},
+    "glm_metrics": True,
+    "glm_metrics_sources": ["198.51.100.9"],
     "glm_verify_expectations": {"sum": {"expect": "ok"}},
     "glm_benchmark_quick": {"input_len": 1, "output_len": 1, "num_prompts": 1, "max_concurrency": 1},
 }

@@ -42,12 +42,18 @@ def worker(path: str) -> "str | None":
         return None
 
 
+def ports_of(config: str) -> "dict[str, str]":
+    """The port of each server that a configuration offers; other backends may have servers of the same names."""
+    section = re.search(rf"^backend {BACKEND}\n((?:[ \t#].*\n|\n)*)", config, re.M)
+    return dict(re.findall(r"^ *server (\S+) \S+:(\d+)", section[1], re.M)) if section else {}
+
+
 def state_for(state: str, config: str) -> str:
     """The servers' state without what the configuration decides.
 
     HAProxy would take port and TLS of the state file, not those of a new configuration.
     """
-    ports = dict(re.findall(r"^ *server (\S+) \S+:(\d+)", config, re.M))
+    ports = ports_of(config)
     lines = []
     for line in state.splitlines():
         fields = line.split()
@@ -62,7 +68,7 @@ def state_for(state: str, config: str) -> str:
 
 def drained(config: str) -> str:
     """The state in which no server of the configuration is offered."""
-    servers = dict(re.findall(r"^ *server (\S+) \S+:(\d+)", config, re.M))
+    servers = ports_of(config)
     # The fields are those of state_for: stopped, in maintenance by the operator's word, with its weight.
     rows = [f"0 {BACKEND} 0 {name} - 0 1 1 1 0 1 0 0 14 0 0 0 - {port} -" for name, port in servers.items()]
     return "\n".join(["1", *rows]) + "\n"
