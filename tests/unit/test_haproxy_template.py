@@ -434,7 +434,7 @@ class Edge:
 RELOAD = load_file(ROOT / "roles/gateway/files/gateway-reload.py", "gateway_reload")
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
