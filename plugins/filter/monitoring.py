@@ -15,7 +15,7 @@ from ansible_collections.glm.fleet.plugins.plugin_utils.edges import edge_of
 
 INTERVAL = 15  # seconds between two scrapes
 # Series of one target, with room above those of tests/fixtures/metrics: a node exporter has ten for each core.
-SERIES = {"engine": 700, "haproxy": 700, "node": 3000, "gpu": 600}
+SERIES = {"engine": 700, "haproxy": 1000, "node": 3000, "gpu": 600}
 SERIES_OF_A_SERVER = 100  # of a gateway's HAProxy, for each node behind it
 BYTES_OF_A_SAMPLE = 2
 RESERVE = 1 << 30  # the write-ahead log, and blocks that are made of smaller ones
