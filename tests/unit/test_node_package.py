@@ -29,7 +29,8 @@ PROGRAMS = {
 
 
 def test_every_program_that_imports_the_package_is_listed() -> None:
-    programs = [path for path in ROOT.glob("roles/*/files/*") if "glm_node" in path.read_text(encoding="utf-8")]
+    files = [path for path in ROOT.glob("roles/*/files/*") if path.is_file()]
+    programs = [path for path in files if "glm_node" in path.read_text(encoding="utf-8")]
     assert {str(path.relative_to(ROOT / "roles")) for path in programs} == set(PROGRAMS)
 
 

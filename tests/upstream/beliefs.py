@@ -145,7 +145,8 @@ def _named_by_the_code(engine: str) -> Iterator[Belief]:
                 for name in re.findall(rf"\b{engine.upper()}_[A-Z0-9_]+\b", text):
                     yield Belief(engine, "variable", name, relative(path))
                 for name in re.findall(rf"\b{engine}:[a-z_]+\b", text):
-                    yield Belief(engine, "metric", name, relative(path))
+                    # A histogram is made by its name alone.
+                    yield Belief(engine, "metric", re.sub("_(bucket|count|sum)$", "", name), relative(path))
     path = ROOT / "plugins/modules/verify_endpoint.py"
     for name in paths_of_the_checks(path):
         yield Belief(engine, "path", name, relative(path))
