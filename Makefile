@@ -116,6 +116,10 @@ airgap: venv engine programs ## A bare node without a way out: from a bundle to 
 	@tests/run airgap
 	@molecule/faults/table.py airgap
 
+.PHONY: monitoring
+monitoring: venv engine ## Prometheus and Alertmanager over a fleet in use: its faults raise alerts, a healthy rollout none
+	@tests/run monitoring
+
 .PHONY: edge
 edge: venv engine ## Attack the edge while well-behaved clients go on: none of them may lose a request
 	@tests/run edge
