@@ -5,18 +5,25 @@ from __future__ import annotations
 import copy
 import http.server
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import threading
+import time
+from http import HTTPStatus
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from ansible_collections.glm.fleet.plugins.filter.acceptance import acceptance_checks, accepted_results
 from loading import ROOT, load_file
+from test_haproxy_template import template
 
 accept_node = load_file(ROOT / "roles/acceptance/files/accept-node", "accept_node")
+gpu_check = load_file(ROOT / "roles/acceptance/files/gpu-check", "gpu_check")
 # Written by gpu-check on the real H200s of two machines.
 FIXTURES = ROOT / "tests/fixtures/acceptance"
 H200, OTHER = (json.loads((FIXTURES / name).read_text()) for name in ("h200.json", "h200-other.json"))
@@ -49,7 +56,7 @@ def test_a_node_like_the_others_is_accepted() -> None:
 
 
 def test_two_real_gpus_of_one_kind_pass_as_one_node() -> None:
-    gpus = [{**machine["gpus"][0], "index": index} for index, machine in enumerate((H200, OTHER, H200, OTHER))]
+    gpus = [{**machine["gpus"][0], "index": index} for index, machine in enumerate((H200, OTHER) * 4)]
     assert gpus[0]["results"] == gpus[1]["results"]
     assert bad(node(gpus={"gpus": gpus, "problems": [], "all_reduce": {"bus_gb_s": 480.0}}), []) == {}
 
@@ -73,14 +80,54 @@ def test_a_node_whose_gpus_are_all_slow_is_named_by_the_fleet() -> None:
     ("wrong", "name", "said"),
     [
         ({"disk": {"write_gb_s": 2.0, "read_gb_s": 6.0}}, "disk, write GB/s", "2, and the median of the fleet is 3"),
-        ({"network": {"download_gb_s": 0.4}}, "from the hub, GB/s", "0.4, and the median of the fleet is 1"),
+        ({"disk": {"problem": "No space left on device"}}, "disk", "No space left on device"),
+        ({"network": {"download_gb_s": 0.0}}, "network", "nothing was measured"),
         ({"network": {"problem": "timed out"}}, "network", "timed out"),
         ({"dcgm": {"failed": ["pcie on GPU 2: slow"], "passed": 39}}, "DCGM diagnostics", "pcie on GPU 2: slow"),
+        ({"dcgm": {"failed": [], "passed": 0}}, "DCGM diagnostics", "no test passed"),
+        ({"dcgm": {"problem": "Permission denied"}}, "DCGM diagnostics", "Permission denied"),
         ({"gpus": {"problems": ["GPU 1 computes"]}}, "results", "GPU 1 computes"),
+        (
+            {"gpus": {"problem": "No such file or directory: 'docker'"}},
+            "results",
+            "No such file or directory: 'docker'",
+        ),
     ],
 )
 def test_what_deviates_is_named(wrong: dict[str, Any], name: str, said: str) -> None:
     assert bad(node(**wrong), [node(), node(), node()]) == {name: said}
+
+
+def test_each_gpu_has_to_be_measured() -> None:
+    few = node()
+    del few["gpus"]["gpus"][7]
+    assert bad(few, [])["results"] == "7 of 8 GPUs were measured"
+    few["gpus"] = {"problems": []}
+    assert bad(few, [])["results"] == "0 of 8 GPUs were measured"
+
+
+def test_only_nodes_of_the_same_kind_are_compared() -> None:
+    """Neither another GPU nor another number of them is a measure."""
+    slow = node(disk={"write_gb_s": 1.0, "read_gb_s": 1.0})
+    slow["gpus"]["all_reduce"]["bus_gb_s"] = 100.0
+    faster, fewer = node(), node()
+    for gpu in faster["gpus"]["gpus"]:
+        gpu.update(name="NVIDIA B200", bf16_tflops=1500.0)
+    del fewer["gpus"]["gpus"][4:]
+    assert bad(slow, [faster, fewer] * 3) == {}
+    assert len(bad(slow, [node()] * 3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        ({"download_gb_s": 0.01}, "0.01 GB/s from the hub"),
+        ({"not_measured": "the hub asks for a token"}, "not measured: the hub asks for a token"),
+    ],
+)
+def test_a_slow_or_closed_hub_is_not_the_nodes_fault(network: dict[str, Any], said: str) -> None:
+    checks = acceptance_checks(node(network=network), [node()] * 3, {"gpu_count": 8})
+    assert {"name": "network", "ok": True, "detail": said} in checks
 
 
 def test_slow_links_are_named() -> None:
@@ -101,6 +148,37 @@ def test_those_that_were_refused_are_no_measure(tmp_path: Path) -> None:
         {"of": "a"},
     ]
     assert accepted_results(str(tmp_path / "none"), "a", {}) == []
+
+
+def test_the_first_node_that_is_judged_has_a_directory_for_its_result(tmp_path: Path) -> None:
+    results = tmp_path / "results/lab/acceptance"
+    measured = {**node(), "seconds": {"gpus": 1.0}}
+    play = {
+        "hosts": "all", "gather_facts": False,
+        "vars": {"ansible_python_interpreter": sys.executable, "acceptance_results": str(results),
+                 "acceptance_result": measured},
+        "tasks": [{"ansible.builtin.include_role": {"name": "glm.fleet.acceptance", "tasks_from": "judge"}}],
+    }  # fmt: skip
+    (tmp_path / "play.yml").write_text(yaml.safe_dump([play]))
+    command = [str(Path(sys.executable).parent / "ansible-playbook"), str(tmp_path / "play.yml"), "-i", "a,b"]
+    done = subprocess.run([*command, "-c", "local"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(path.name for path in results.iterdir()) == ["a.json", "b.json"]
+
+
+def test_what_the_unit_may_write_is_made_and_is_where_the_program_writes() -> None:
+    """systemd starts no unit whose ReadWritePaths= are not there."""
+    install = yaml.safe_load((ROOT / "roles/acceptance/tasks/measure.yml").read_text())[0]["glm.fleet.file_set"]
+    assert install["directories"] == [{"path": "{{ __acceptance_directory }}"}]
+    names = yaml.safe_load((ROOT / "roles/acceptance/vars/main.yml").read_text())
+    assert names["__acceptance_result"].startswith("{{ __acceptance_directory }}/")
+    values = {
+        **yaml.safe_load((ROOT / "roles/acceptance/defaults/main.yml").read_text()),
+        **names,
+        "__acceptance_directory": "/srv/glm/acceptance",
+    }
+    assert "\nReadWritePaths=/srv/glm/acceptance\n" in template("glm-acceptance.service.j2", **values)
+    assert json.loads(template("acceptance.json.j2", **values))["directory"] == "/srv/glm/acceptance"
 
 
 # --- on the node ---------------------------------------------------------------------------------------------
@@ -136,6 +214,35 @@ def test_the_way_to_the_hub_is_measured() -> None:
         found = accept_node.network({"url": url, "network_bytes": size, "network_seconds": 20})
         server.shutdown()
     assert found["download_gb_s"] > 0
+
+
+@pytest.mark.parametrize("code", [HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN])
+def test_a_hub_that_asks_for_a_token_is_not_measured(code: HTTPStatus) -> None:
+    assert answered(code) == {"not_measured": "the hub asks for a token"}
+
+
+def test_a_hub_without_the_file_is_a_problem() -> None:
+    with pytest.raises(accept_node.urllib.error.HTTPError, match="Not Found"):
+        answered(HTTPStatus.NOT_FOUND)
+
+
+def answered(code: HTTPStatus) -> Any:
+    """What is measured of a hub that says only that."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(code)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/model"
+        try:
+            return accept_node.network({"url": url, "network_bytes": 8, "network_seconds": 5})
+        finally:
+            server.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -195,6 +302,25 @@ def test_dcgms_verdicts_are_read_of_old_and_new_releases() -> None:
     assert accept_node.verdicts("Error: no\n host engine") == {"failed": ["Error: no host engine"], "passed": 0}
 
 
+def test_a_warning_of_dcgm_may_be_one_string() -> None:
+    result = {"gpu_ids": "1", "status": "Fail", "warnings": "slow link", "info": ["at 0x1", "twice"]}
+    report = {"DCGM Diagnostic": {"test_categories": [{"tests": [{"name": "pcie", "results": [result]}]}]}}
+    assert accept_node.verdicts(json.dumps(report))["failed"] == ["pcie on GPU 1: slow link; at 0x1; twice"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[]", "[]"),
+        ('{"DCGM Diagnostic": []}', '{"DCGM Diagnostic": []}'),
+        ('{"test_categories": null}', '{"test_categories": null}'),
+        ('{"tests": "of a release to come"}', 'no test passed: {"tests": "of a release to come"}'),
+    ],
+)
+def test_a_report_of_dcgm_that_is_not_understood_is_a_failure(text: str, said: str) -> None:
+    assert accept_node.verdicts(text) == {"failed": [said], "passed": 0}
+
+
 def test_what_was_measured_is_written_whatever_a_step_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {
         "environment": {},
@@ -226,3 +352,53 @@ def test_gpu_check_says_what_is_missing() -> None:
     assert done.returncode == 1
     assert "No module named 'torch'" in done.stderr
     assert (H200["problems"], len(H200["gpus"][0]["results"])) == ([], 2)
+
+
+# --- in the container, without PyTorch
+
+
+def end(code: int | None) -> None:
+    """With that code, or not for a long time."""
+    if code is None:
+        time.sleep(120)
+    os._exit(code or 0)
+
+
+@pytest.mark.parametrize(
+    ("codes", "seconds", "failed", "stuck"),
+    [
+        ([0, 0], 30, [], []),
+        ([None, 3, None], 30, [1], [0, 2]),  # the others wait for the one that failed
+        ([None, 0, None, None], 1, [], [0, 2, 3]),  # one second for all of them
+    ],
+)
+def test_workers_have_one_deadline_and_end_with_the_first_that_fails(
+    codes: list[int | None], seconds: float, failed: list[int], stuck: list[int]
+) -> None:
+    workers = [multiprocessing.get_context("fork").Process(target=end, args=(code,)) for code in codes]
+    for worker in workers:
+        worker.start()
+    began = time.monotonic()
+    assert gpu_check.finish(workers, seconds) == (failed, stuck)
+    for worker in workers:
+        worker.join(10)
+    assert time.monotonic() - began < seconds + 10
+    assert None not in [worker.exitcode for worker in workers]
+
+
+def test_an_all_reduce_that_fails_names_the_gpu_and_keeps_the_other_figures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context = multiprocessing.get_context("fork")
+    torch = SimpleNamespace(
+        __version__="2",
+        cuda=SimpleNamespace(device_count=lambda: 3, empty_cache=lambda: None),
+        multiprocessing=SimpleNamespace(get_context=lambda _kind: context),
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(gpu_check, "check_gpu", lambda _torch, index, _seconds: {**H200["gpus"][0], "index": index})
+    monkeypatch.setattr(gpu_check, "exchange", lambda rank, *_: end(7 if rank == 1 else None))
+    assert gpu_check.main(3, 3) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["problems"] == ["the all-reduce over 3 GPUs failed on GPU 1: see `journalctl -k -g NVRM`"]
+    assert [gpu["bf16_tflops"] for gpu in found["gpus"]] == [659.5] * 3
