@@ -262,6 +262,7 @@ def test_gpus_that_do_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "program": "/x",
         "image": "i@sha256:0",
         "gpu_count": 8,
+        "ulimits": {"memlock": -1},
         "seconds": 3,
         "gpu_timeout": 1,
     }
