@@ -28,7 +28,10 @@ DISTRIBUTIONS = {
     "debian13": Distribution("Debian", "trixie", ("8793F200.pub", "02182E60104FCDC26EAE1B8597A5D4CB8793F200")),
 }
 # python3-apt: Ansible's own module for packages wants it.
-SYSTEM = ("ca-certificates", "python3-apt", "python3-debian", "haproxy", "nginx", "pigz", "prometheus-node-exporter")
+SYSTEM = (
+    *("ca-certificates", "python3-apt", "python3-debian", "haproxy", "nginx", "pigz"),
+    *("prometheus", "prometheus-alertmanager", "prometheus-node-exporter"),
+)
 DOCKER = ("docker-ce", "docker-ce-cli", "containerd.io")
 TOOLKIT = (
     "nvidia-container-toolkit",

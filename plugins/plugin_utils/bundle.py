@@ -21,16 +21,16 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_json, write_whole
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.store import (
-    BLOCK,
     MANIFEST,
     SIGNATURE,
     Store,
+    has_links,
     size_of,
 )
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.systemd import Meter, human
@@ -212,22 +212,10 @@ class Bundle:
             for package in packages
             if not (root.archives / package.name).exists()
         )
-        if not self._has_links():  # they lie with apt, and in the store
+        if not has_links(self.store.incoming):  # they lie with apt, and in the store
             debs *= 2
         here = self.store.incoming
         return debs + sum(wish.wanted.size - (size_of(here / wish.wanted.digest) or 0) for wish in self._missing())
-
-    def _has_links(self) -> bool:
-        first, second = self.store.incoming / "link", self.store.incoming / "link.2"
-        first.touch()
-        try:
-            os.link(first, second)
-        except OSError:
-            return False
-        finally:
-            first.unlink()
-            second.unlink(missing_ok=True)
-        return True
 
     def insist_on_room(self) -> None:
         """Also for what is whole and in parts at the same time: the last part of each transfer."""
@@ -456,13 +444,5 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def hash_of(path: Path) -> str:
-    hasher = hashlib.sha256()
-    for block in blocks(path):
-        hasher.update(block)
-    return hasher.hexdigest()
-
-
-def blocks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            yield block
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -12,9 +12,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from .exchange import OFFER, Exchange, Settings, as_wanted, say, size_of
+from .exchange import OFFER, Exchange, Settings, as_wanted, say
 from .files import read_json, read_text, write_whole
 from .registry import BlobOpener
+from .store import size_of
 from .systemd import human
 from .transfer import Unavailable, Wanted, Wrong, fetch
 

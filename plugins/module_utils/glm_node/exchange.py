@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 from .shares import Plan
+from .store import size_of
 from .systemd import Meter, called, origins
 from .transfer import PeerOpener, Slow, Stopped, Unavailable, Wanted, Wrong, digest, fetch
 
@@ -513,10 +514,3 @@ def as_wanted(item: dict[str, Any]) -> Wanted:
     if item["sha256"]:
         return Wanted(item["path"], item["size"], "sha256", item["sha256"])
     return Wanted(item["path"], item["size"], "git sha1", item["git_sha1"])
-
-
-def size_of(path: Path) -> int | None:
-    try:
-        return path.lstat().st_size
-    except OSError:
-        return None

@@ -87,6 +87,20 @@ def size_of(path: Path) -> int | None:
         return None
 
 
+def has_links(directory: Path) -> bool:
+    """Whether its file system has hard links, as those of disks to be carried often have not."""
+    first, second = directory / "link", directory / "link.2"
+    first.touch()
+    try:
+        os.link(first, second)
+    except OSError:
+        return False
+    finally:
+        first.unlink()
+        second.unlink(missing_ok=True)
+    return True
+
+
 def sync(stream: Any) -> None:
     """What is called there must be on the disk, not only in the page cache."""
     stream.flush()
