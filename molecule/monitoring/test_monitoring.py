@@ -58,7 +58,7 @@ def test_an_engine_that_is_given_up_raises_its_alert(watched: Watched) -> None:
         watched.run(
             node,
             "rm -r /run/systemd/system/glm-engine.service.d; systemctl daemon-reload; "
-            "systemctl reset-failed glm-engine; systemctl start glm-engine",
+            "systemctl reset-failed glm-engine; systemctl start --no-block glm-engine",
         )
     watched.wait(lambda: not watched.alerts(), 300)
 
