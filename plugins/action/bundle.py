@@ -82,10 +82,10 @@ def make(bundle: Bundle, args: Mapping[str, Any], *, check: bool) -> dict[str, A
         )
     bundle.plan_files(image_wishes(args["image"]))
     bundle.plan_files(model_wishes(args["model"], args["hub"], args["hub_token"]))
-    bundle.insist_on_room()
-    show(NAME, f"{human(bundle.needed())} to fetch into {bundle.directory}")
+    needed = bundle.insist_on_room()
+    show(NAME, f"{human(needed)} to fetch into {bundle.directory}")
     if check:
-        return {"changed": bundle.needed() > 0, "bundle": {"needed_bytes": bundle.needed()}}
+        return {"changed": needed > 0, "bundle": {"needed_bytes": needed}}
     add_project(bundle, project)
     bundle.fetch()
     bundle.add_repositories()

@@ -52,7 +52,13 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.glm.fleet.plugins.module_utils.apt_sources import apt_sources
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.files import read_json
-from ansible_collections.glm.fleet.plugins.module_utils.glm_node.store import MANIFEST, SIGNATURE, Store, size_of
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.store import (
+    MANIFEST,
+    SIGNATURE,
+    Store,
+    free_bytes,
+    size_of,
+)
 from ansible_collections.glm.fleet.plugins.module_utils.glm_node.systemd import human
 
 SCHEMA = 1
@@ -121,12 +127,6 @@ def missing(files: list[dict[str, Any]], store: Store, there: Path) -> tuple[lis
     return list(lacking), needed
 
 
-def free(directory: Path) -> int:
-    while not directory.exists():
-        directory = directory.parent
-    return shutil.disk_usage(directory).free
-
-
 def problems(manifest: dict[str, Any], bundle: Path, directory: Path) -> list[str]:
     lacking, needed = missing(manifest["files"], Store(bundle), directory)
     found = []
@@ -135,7 +135,7 @@ def problems(manifest: dict[str, Any], bundle: Path, directory: Path) -> list[st
         found.append(
             f"the bundle {manifest['id']} is not whole: {lacking[0]}{more} is missing or too short: bring it once more"
         )
-    room = free(directory)
+    room = free_bytes(directory)
     if needed and needed + RESERVE > room:
         found.append(
             f"glm_mirror_dir: {human(needed + RESERVE)} are needed in {directory}, and {human(room)} are free: free "

@@ -48,13 +48,13 @@ installed: {description: Whether both programs are there., returned: always, typ
 
 import hashlib
 import os
-import shutil
 import subprocess
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.glm.fleet.plugins.module_utils.glm_node.store import free_bytes
 
 PACKAGES = ("prometheus", "prometheus-alertmanager")
 
@@ -79,12 +79,6 @@ def foreign(paths: list[str], mark: str) -> list[str]:
 
 def size_of(directory: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in directory.rglob("*") if path.is_file())
-
-
-def free(directory: Path) -> int:
-    while not directory.exists():
-        directory = directory.parent
-    return shutil.disk_usage(directory).free
 
 
 def silence(url: str) -> str:
@@ -120,7 +114,7 @@ def main() -> None:
         rule_files=[{"path": str(path), "content": path.read_text(errors="replace")} for path in rules],
         own=sorted(map(str, Path(asked["own"]).glob("*"))),
         directory=str(directory),
-        free=free(directory),
+        free=free_bytes(directory),
         used=size_of(directory) if directory.is_dir() else 0,
         receiver=silence(asked["webhook_url"]) if asked["webhook_url"] else "",
         installed=all(os.access(f"/usr/bin/{name}", os.X_OK) for name in PACKAGES),

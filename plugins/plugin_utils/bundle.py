@@ -217,15 +217,16 @@ class Bundle:
         here = self.store.incoming
         return debs + sum(wish.wanted.size - (size_of(here / wish.wanted.digest) or 0) for wish in self._missing())
 
-    def insist_on_room(self) -> None:
-        """Also for what is whole and in parts at the same time: the last part of each transfer."""
+    def insist_on_room(self) -> int:
+        """Also for what is whole and in parts at the same time: the last part of each transfer. Returns `needed`."""
         missing = [wish.wanted.size for wish in self._missing()]
         tails = sorted(size % self.store.part for size in missing if size > self.store.part)
-        needed = self.needed() + sum(tails[-TRANSFERS:]) + RESERVE
+        coming = self.needed()
+        room = coming + sum(tails[-TRANSFERS:]) + RESERVE
         free = shutil.disk_usage(self.directory).free
-        if needed > free:
+        if room > free:
             raise Problem(
-                f"glm_bundle_dir: {human(needed)} are needed in {self.directory}, and {human(free)} are free: "
+                f"glm_bundle_dir: {human(room)} are needed in {self.directory}, and {human(free)} are free: "
                 "free some, or set it to a larger disk"
             )
         probe = self.store.incoming / "probe"
@@ -241,6 +242,7 @@ class Bundle:
             ) from None
         finally:
             probe.unlink(missing_ok=True)
+        return coming
 
     def _missing(self) -> list[Wish]:
         """Each content once."""

@@ -87,6 +87,13 @@ def size_of(path: Path) -> int | None:
         return None
 
 
+def free_bytes(directory: Path) -> int:
+    """Where it is, or is to be."""
+    while not directory.exists():
+        directory = directory.parent
+    return shutil.disk_usage(directory).free
+
+
 def has_links(directory: Path) -> bool:
     """Whether its file system has hard links, as those of disks to be carried often have not."""
     first, second = directory / "link", directory / "link.2"
